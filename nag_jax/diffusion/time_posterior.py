@@ -51,3 +51,16 @@ class GaussianTimePosterior:
         t = mean + jnp.exp(0.5 * log_variance) * jnp.asarray(nodes, mean.dtype)[:, None]
         weight = jnp.asarray(weights / weights.sum(), mean.dtype)[:, None]
         return jnp.clip(t, SMALLEST_NODE, 1.0), jnp.broadcast_to(weight, t.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """A time posterior with its parameters, as `nag_jax.sample` takes it.
+
+    Attributes:
+        posterior: the function.
+        params: its parameters, a pytree.
+    """
+
+    posterior: TimePosterior
+    params: Any
