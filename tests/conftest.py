@@ -1,0 +1,77 @@
+"""What every test runs under: the CPU, fixed hypothesis draws, and the rule for skipped parity tests.
+
+Parity tests compare with live peers (PyTorch and friends) that are installed on Python 3.11 only. Elsewhere
+they skip and the summary counts them; under continuous integration on 3.11 a skipped one is a failure.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Generator
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
+
+import hypothesis
+import pytest
+
+# deadline: the first example of a test may compile; derandomize: the same examples in every run.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+_HAS_PEERS = sys.version_info[:2] == (3, 11)
+_MUST_NOT_SKIP = _HAS_PEERS and bool(os.environ.get("CI"))
+
+
+class ParitySkips:
+    """Counts the parity tests that were skipped, one by one or as a whole file, for the summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.root = config.rootpath
+        self.count = 0
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self.count += _parity_tests_in(self.root / report.nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and "parity" in report.keywords and not hasattr(report, "wasxfail"):
+            self.count += 1
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.count:
+            why = "requirements/parity.txt is not installed" if _HAS_PEERS else "they need Python 3.11"
+            terminalreporter.write_line(f"parity tests skipped: {self.count} ({why})", yellow=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(ParitySkips(config))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if _MUST_NOT_SKIP and report.skipped and _parity_tests_in(collector.path):
+        report.outcome = "failed"
+        report.longrepr = f"a file of parity tests was skipped: {collector.nodeid}: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if _MUST_NOT_SKIP and report.skipped and "parity" in item.keywords and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"a parity test was skipped: {item.nodeid}: {report.longrepr}"
+    return report
+
+
+def _parity_tests_in(path: os.PathLike[str]) -> int:
+    """Test functions in a file skipped before its markers were known; 0 if it is no file of parity tests."""
+    if not os.path.isfile(path):
+        return 0
+    with open(path, encoding="utf-8") as file:
+        source = file.read()
+    return len(re.findall(r"^\s*def test_", source, flags=re.MULTILINE)) if "mark.parity" in source else 0
