@@ -1,0 +1,207 @@
+"""Batches by step: which records batch s holds, read ahead by grain.
+
+Rows [sB, (s+1)B) of an endless sequence, the epochs' permutations one after the other, are batch s; process p
+of P reads the p-th of its P equal parts. So the position in the data *is* the training step: a run resumes at
+any step, with any number of processes or workers, and nothing about the data need be saved.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from nag_jax.data import draws
+from nag_jax.data.images import to_float
+from nag_jax.data.sources import DataConfig, Source, load_example
+from nag_jax.errors import UserError
+
+# Batches read ahead, in each process or worker: enough to hide a slow read, few enough for 256-pixel batches
+# in memory.
+READ_AHEAD = 4
+
+
+def make_batches(
+    source: Source,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The endless training batches from `start_step` on; this process's rows of each.
+
+    Args:
+      source: the records.
+      config: `image_size`, `channels` and `random_flip` are read here.
+      batch_size: B, rows of a batch over all processes.
+      seed: >= 0; with the epoch's number it keys the epoch's permutation and each record's mirroring.
+      start_step: the step of the first batch; starting late costs nothing.
+      process_index, process_count: this process, and of how many; each reads B / process_count rows.
+      num_workers: reading processes, 0 for threads in this one. The order does not depend on it. With
+        workers, the program's entry must be guarded by `if __name__ == "__main__"`.
+
+    Returns:
+      An iterator of {"image": float32 [B_local, H, W, C] in [-1, 1], "label": int32 [B_local], "index": int64
+      [B_local], the records' numbers}. Its `close()` stops the reading.
+
+    Raises:
+      UserError: the batch cannot be shared out, a negative seed, or (while iterating) a damaged record.
+    """
+    import grain
+
+    check_batch_size(batch_size, process_count)
+    if seed < 0:
+        raise UserError(f"the data seed is {seed}; it must be 0 or more")
+    rows = batch_size // process_count
+    read_batch = _ReadTrainingBatch(
+        source=source,
+        config=config,
+        seed=seed,
+        batch_size=batch_size,
+        first_row=process_index * rows,
+        rows=rows,
+    )
+    steps = grain.MapDataset.range(start_step, sys.maxsize)
+    return _read_ahead(steps.map(read_batch), num_workers)
+
+
+def ordered_batches(
+    source: Source, config: DataConfig, *, batch_size: int, limit: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every record once, in the source's order, unaugmented; for evaluation.
+
+    Args:
+      source: the records.
+      config: `image_size` and `channels` are read here.
+      batch_size: rows of a batch; the last batch may have fewer.
+      limit: stop after that many records; None for all.
+
+    Returns:
+      An iterator of batches as `make_batches` gives them.
+
+    Raises:
+      UserError: while iterating, a damaged record.
+    """
+    import grain
+
+    total = len(source) if limit is None else min(limit, len(source))
+    starts = grain.MapDataset.range(0, total, batch_size)
+    return _read_ahead(starts.map(_ReadOrderedBatch(source, config, batch_size, total)), num_workers=0)
+
+
+def eval_arrays(
+    source: Source, config: DataConfig, limit: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A small held-out set as two arrays, in the source's order, unaugmented.
+
+    Args:
+      source: the records.
+      config: `image_size` and `channels` are read here.
+      limit: the first that many, at least 1; None for all.
+
+    Returns:
+      (images float32 [N, H, W, C] in [-1, 1], labels int32 [N]).
+
+    Raises:
+      UserError: a damaged record.
+    """
+    batches = list(ordered_batches(source, config, batch_size=256, limit=limit))
+    return np.concatenate([b["image"] for b in batches]), np.concatenate([b["label"] for b in batches])
+
+
+def check_batch_size(batch_size: int, process_count: int) -> None:
+    """Refuse a batch that the processes cannot share equally.
+
+    Args:
+      batch_size: rows over all processes.
+      process_count: how many processes share them.
+
+    Raises:
+      UserError: with the nearest sizes that would do.
+    """
+    if batch_size >= 1 and batch_size % process_count == 0:
+        return
+    below = batch_size // process_count * process_count
+    sizes = [str(size) for size in (below, below + process_count) if size >= 1]
+    raise UserError(
+        f"batch_size {batch_size} cannot be shared equally by {process_count} process(es); "
+        f"it must be a positive multiple of {process_count}, such as {' or '.join(sizes)}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadTrainingBatch:
+    """Step -> this process's part of the batch; picklable, so that workers can hold it."""
+
+    source: Source
+    config: DataConfig
+    seed: int
+    batch_size: int
+    first_row: int
+    rows: int
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        length = len(self.source)
+        first = step * self.batch_size + self.first_row
+        places = [divmod(position, length) for position in range(first, first + self.rows)]
+        records = [int(draws.epoch_order(self.seed, epoch, length)[place]) for epoch, place in places]
+        mirror = [
+            self.config.random_flip and draws.flip(self.seed, epoch, record)
+            for (epoch, _), record in zip(places, records, strict=True)
+        ]
+        return _read_records(self.source, self.config, records, mirror)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadOrderedBatch:
+    """First record's number -> the batch that begins with it."""
+
+    source: Source
+    config: DataConfig
+    batch_size: int
+    total: int
+
+    def __call__(self, start: int) -> dict[str, np.ndarray]:
+        records = list(range(start, min(start + self.batch_size, self.total)))
+        return _read_records(self.source, self.config, records, [False] * len(records))
+
+
+def _read_records(
+    source: Source, config: DataConfig, records: list[int], mirror: list[bool]
+) -> dict[str, np.ndarray]:
+    pixels = np.empty((len(records), config.image_size, config.image_size, config.channels), np.uint8)
+    labels = np.empty(len(records), np.int32)
+    for row, (record, mirrored) in enumerate(zip(records, mirror, strict=True)):
+        image, labels[row] = load_example(source, config, record)
+        pixels[row] = image[:, ::-1] if mirrored else image
+    return {"image": to_float(pixels), "label": labels, "index": np.asarray(records, np.int64)}
+
+
+def _read_ahead(batches: Any, num_workers: int) -> Iterator[dict[str, np.ndarray]]:
+    """Iterate over a grain MapDataset of batches while threads, or worker processes, read the later ones."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=READ_AHEAD, prefetch_buffer_size=READ_AHEAD)
+    reads = batches.to_iter_dataset(options)
+    if num_workers:
+        _accept_flag_defaults()
+        workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
+        reads = reads.mp_prefetch(workers)
+    iterator = iter(reads)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _accept_flag_defaults() -> None:
+    """grain hands absl's flags to its workers, so they must count as parsed, also in a notebook."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
