@@ -1,0 +1,75 @@
+"""The feature interface: padding leaves no trace, one compilation, honest names, refused images."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nag_jax.errors import UserError
+from nag_jax.metrics.features import FeatureNet, features, parameter_fingerprint
+
+
+def tiny_net(calls: list[tuple[int, ...]] | None = None) -> FeatureNet:
+    params = {"w": np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)}
+
+    def apply(params, images):
+        if calls is not None:
+            calls.append(images.shape)
+        # Not odd in the images, so a zero image has features that would show if they leaked.
+        return jnp.cos(images.reshape(len(images), -1) @ params["w"])
+
+    return FeatureNet("tiny", apply, params, 5, parameter_fingerprint(params))
+
+
+def some_images(n: int) -> np.ndarray:
+    return np.random.default_rng(1).uniform(-1, 1, (n, 2, 2, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 10, 64])
+def test_batch_size_and_padding_do_not_matter(batch_size):
+    net, images = tiny_net(), some_images(10)
+    result = features(net, images, batch_size)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, np.cos(images.reshape(10, -1) @ net.params["w"]), atol=1e-6)
+
+
+def test_compiles_once_for_all_batches_and_calls():
+    calls: list[tuple[int, ...]] = []
+    net = tiny_net(calls)
+    features(net, some_images(10), 4)
+    features(net, some_images(3), 4)
+    assert calls == [(4, 2, 2, 3)]
+
+
+def test_no_images_give_no_features():
+    assert features(tiny_net(), some_images(0), 4).shape == (0, 5)
+
+
+def test_the_label_names_the_features_and_is_not_fid():
+    assert tiny_net().distance_label == "Fréchet distance on tiny features"
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 2, 2, 3), np.uint8), "uint8"),
+        (np.zeros((2, 2, 3), np.float32), r"\[2, 2, 3\]"),
+        (np.full((2, 2, 2, 3), 1.2, np.float32), "clip"),
+        (np.full((2, 2, 2, 3), np.nan, np.float32), "NaN"),
+    ],
+)
+def test_refuses_images_it_would_misread(images, message):
+    with pytest.raises(UserError, match=message):
+        features(tiny_net(), images, 4)
+
+
+def test_fingerprint_depends_on_content_alone():
+    a, b = np.arange(6, dtype=np.float32), np.ones(2, np.float32)
+    base = parameter_fingerprint({"x": {"a": a}, "b": b})
+    assert base == parameter_fingerprint({"b": jnp.asarray(b), "x": {"a": jnp.asarray(a)}})
+    for other in (
+        {"x": {"a": a.reshape(2, 3)}, "b": b},
+        {"x": {"a": a.view(np.int32)}, "b": b},
+        {"y": {"a": a}, "b": b},
+        {"x": {"a": np.nextafter(a, 9)}, "b": b},
+    ):
+        assert parameter_fingerprint(other) != base
