@@ -145,7 +145,7 @@ def _optimizer(config: FeatureClassifierConfig) -> optax.GradientTransformation:
 
 
 def _initial_params(model: Classifier, image: jax.Array, seed: int) -> Any:
-    """Kernels N(0, 1/fan_in), biases 0; drawn on the host, since XLA takes long to compile a draw per shape."""
+    """Kernels N(0, 1/fan_in), biases 0; drawn on the host, as XLA takes long to compile a draw per shape."""
     rng = np.random.default_rng(seed)
     shapes = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
     return traverse_util.unflatten_dict(
