@@ -1,0 +1,254 @@
+"""The configuration of a run: all sections together, their defaults, and the road from a config file to them.
+
+Each section is the dataclass of the code that reads it, so a default stands in one place. A config file starts from
+`defaults()` and sets what its run fixes; unknown keys are refused with the nearest known name. No section's meaning is
+decided here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+
+from nag_jax.checkpoint import CheckpointConfig
+from nag_jax.data.sources import DataConfig
+from nag_jax.diffusion.objective import Objective
+from nag_jax.diffusion.process import ProcessConfig
+from nag_jax.errors import UserError
+from nag_jax.models.dit import ModelConfig
+from nag_jax.models.feature_classifier import FeatureClassifierConfig
+from nag_jax.noise_shift.estimator import EstimatorConfig
+from nag_jax.parallel import ParallelConfig
+from nag_jax.training.ema import EmaConfig
+from nag_jax.training.optimizer import OptimizerConfig
+
+# Keys that decide what a training run computes: a work folder goes on only under the same ones.
+FIXED_ON_RESUME = ("model", "process", "objective", "data", "optimizer", "batch_size", "ema", "seed")
+
+Section = TypeVar("Section")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """How often a run says something.
+
+    Attributes:
+        every_steps: training steps between two lines of metrics.jsonl.
+    """
+
+    every_steps: int = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How samples are drawn.
+
+    Attributes:
+        stepper: "euler", "heun", "euler_maruyama", "ddim", "ddpm", "ddpm_learned" or "dpm_solver_pp_2m".
+        num_steps: steps of the stepper.
+        batch_size: samples drawn at once, over all devices.
+        weights: "params" or the name of an average in `ema`.
+        cfg_scale: classifier-free guidance, off at 1.
+        cfg_interval: times (lowest, highest) at which it acts.
+        nag_scale: Noise Awareness Guidance, the paper's w, off at 0.
+        nag_interval: times at which it acts.
+        nag_null: the null branch of NAG: "network" or "posterior".
+        guided_channels: guide only the first so many channels; 0 for all.
+        label_rule: "balanced" or "random".
+    """
+
+    stepper: str = "euler"
+    num_steps: int = 50
+    batch_size: int = 256
+    weights: str = "ema"
+    cfg_scale: float = 1.5
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    nag_scale: float = 1.0
+    nag_interval: tuple[float, float] = (0.0, 1.0)
+    nag_null: str = "network"
+    guided_channels: int = 0
+    label_rule: str = "balanced"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What is evaluated.
+
+    Attributes:
+        name: name of the evaluation's folder; "" for a readable digest of its conditions.
+        methods: what is compared on the same noise and labels; see `jobs/methods.py` for the names.
+        num_samples: samples for each method.
+        seed: seed of the samples' noise and labels.
+        every_steps: evaluate during training every so many steps; 0 for the end alone.
+        num_resamples: bootstrap resamples behind every interval.
+        save_samples: also write the samples as samples.npz.
+    """
+
+    name: str = ""
+    methods: tuple[str, ...] = ("plain", "cfg", "nag", "cfg+nag")
+    num_samples: int = 1000
+    seed: int = 0
+    every_steps: int = 0
+    num_resamples: int = 200
+    save_samples: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseShiftConfig:
+    """How the noise shift is measured.
+
+    Attributes:
+        times: times at which states are judged; the nearest step of the sampler counts.
+        num_forward: held-out states per time that the sampled ones are compared with.
+    """
+
+    times: tuple[float, ...] = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
+    num_forward: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run.
+
+    Attributes:
+        seed: seed of initialisation, data order and training draws.
+        batch_size: examples of a training step, over all devices and hosts.
+        num_steps: training steps.
+        init_from: a training folder whose parameters training starts from; "" starts afresh.
+        model, process, objective, data, optimizer, checkpoint, parallel, log: see their classes.
+        ema: averages of the parameters by name.
+        sampling, eval, noise_shift: see their classes.
+        estimator: training of the noise-level estimator.
+        features: training of the classifier whose features the Fréchet distance uses.
+    """
+
+    seed: int = 0
+    batch_size: int = 256
+    num_steps: int = 1000
+    init_from: str = ""
+    model: ModelConfig = ModelConfig()
+    process: ProcessConfig = ProcessConfig()
+    objective: Objective = Objective()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: Mapping[str, EmaConfig] = dataclasses.field(default_factory=lambda: {"ema": EmaConfig()})
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    log: LogConfig = LogConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    eval: EvalConfig = EvalConfig()
+    noise_shift: NoiseShiftConfig = NoiseShiftConfig()
+    estimator: EstimatorConfig = EstimatorConfig()
+    features: FeatureClassifierConfig = FeatureClassifierConfig()
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Every key with its default, as a ConfigDict for a config file to change. Keys that do not exist are refused."""
+    config = ml_collections.ConfigDict(to_dict(Config()))
+    config.ema.unlock()
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config (or a section) as nested dicts of plain values; tuples stay tuples."""
+    return dataclasses.asdict(config)
+
+
+def from_config_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """Reads a ConfigDict, or the dict of a stored config.json, into a `Config`.
+
+    Raises:
+        UserError: an unknown key (with the nearest known one), a value of the wrong type, or a value that its section
+            refuses.
+    """
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    return _build(Config, values, "config")
+
+
+def _build(section: type[Section], values: Mapping[str, Any], path: str) -> Section:
+    hints = typing.get_type_hints(section)
+    for name in values:
+        if name not in hints:
+            raise UserError(unknown_key(f"{path}.{name}", [f"{path}.{key}" for key in hints]))
+    built = {name: _convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
+    return section(**built)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path} is a section of keys, not {value!r}.")
+        return _build(typing.cast(type, hint), value, path)
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        inner = typing.get_args(hint)[1]
+        return {name: _convert(inner, item, f"{path}.{name}") for name, item in value.items()}
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise UserError(f"{path} = {value!r} must be a list such as (0.0, 1.0).")
+        items = typing.get_args(hint)
+        if items[-1] is not Ellipsis and len(items) != len(value):
+            raise UserError(f"{path} = {value!r} must have {len(items)} values.")
+        return tuple(_convert(items[0], item, path) for item in value)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            known = ", ".join(repr(known) for known in typing.get_args(hint))
+            raise UserError(f"{path} = {value!r} is not one of {known}.")
+        return value
+    if origin is types.UnionType:
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        first = next(item for item in typing.get_args(hint) if item is not type(None))
+        return _convert(first, value, path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{path} = {value!r} must be of type {hint.__name__}.")
+    return value
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The message for an unknown key or flag: the nearest known names, or all of them."""
+    nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    return f"{key} is not a key of this config. " + (
+        f"Nearest: {', '.join(nearest)}." if nearest else f"Known: {', '.join(known)}."
+    )
+
+
+def key_paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a nested dict as ("a.b.c", value)."""
+    for name, value in config.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from key_paths(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def check_resume(stored: Config, current: Config) -> None:
+    """Raises UserError if a work folder written under `stored` cannot go on under `current`, naming the keys.
+
+    The keys in FIXED_ON_RESUME must be equal. `num_steps` may differ under a constant schedule.
+    """
+    before, now = dict(key_paths(to_dict(stored))), dict(key_paths(to_dict(current)))
+    differing = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if key.split(".")[0] in FIXED_ON_RESUME and before.get(key) != now.get(key)
+    ]
+    if stored.num_steps != current.num_steps and current.optimizer.schedule != "constant":
+        differing.append(
+            f"num_steps was {stored.num_steps}, is {current.num_steps} (it may change under a constant schedule only)"
+        )
+    if differing:
+        raise UserError(
+            "The work folder holds a run of another configuration: "
+            + "; ".join(differing)
+            + ". Choose another --workdir, or set these keys back."
+        )

@@ -1,0 +1,67 @@
+"""Small files of a work folder: JSON and bytes, written whole or not at all, on local disks and object stores.
+
+Checkpoints are `checkpoint.py`'s, metrics over time `metric_writer.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from nag_jax.errors import NagJaxError, UserError
+
+
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+    """Writes `content` so that a reader sees the old file or the whole new one, never a part.
+
+    A local file is written beside its place and renamed; an object store publishes an object only when it is complete.
+
+    Raises:
+        NagJaxError: the file cannot be written (a full disk, no permission); an old file is left as it was.
+    """
+    path = epath.Path(path)
+    is_remote = "://" in str(path)
+    beside = path if is_remote else path.parent / f".{path.name}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content)
+        if not is_remote:
+            beside.replace(path)
+    except OSError as error:
+        if not is_remote:
+            beside.unlink(missing_ok=True)
+        raise NagJaxError(f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder.") from error
+
+
+def write_json(path: epath.PathLike, content: Any) -> None:
+    """Writes `content` as indented JSON; numpy values become numbers and lists, and NaN or infinity null."""
+    write_bytes(path, (json.dumps(_plain(content), indent=2) + "\n").encode())
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """Reads a JSON file. Raises UserError if it is missing or damaged."""
+    path = epath.Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist.")
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}). Delete it, and run the command that wrote it again.") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic) or hasattr(value, "__array__"):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    return str(value)
