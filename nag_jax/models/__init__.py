@@ -1,0 +1,1 @@
+"""The networks, in Linen: pure `init`/`apply`, parameters as plain dicts."""
