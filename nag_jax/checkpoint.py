@@ -1,0 +1,248 @@
+"""Checkpoints of a training run: asynchronous saves, exact restores onto any mesh, and errors that say what to do.
+
+A thin layer over orbax's CheckpointManager. A step's folder holds one item per set of parameters ("params" and each
+average under its name), so that sampling reads one set and no optimizer, one item "training" with the rest of the
+state, and one item "extra" with JSON. When to save is the caller's affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from nag_jax.denoiser import Params
+from nag_jax.errors import NagJaxError, UserError
+from nag_jax.parallel import path_name
+from nag_jax.training.state import TrainState
+
+PARAMS, TRAINING, EXTRA = "params", "training", "extra"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """How often a run saves, and how many checkpoints it keeps.
+
+    Attributes:
+        every_steps: steps between two saves; the last step is always saved.
+        keep: newest checkpoints that are kept, at least 1; with 2 a damaged newest one costs one interval.
+    """
+
+    every_steps: int = 1000
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for key in ("every_steps", "keep"):
+            if getattr(self, key) < 1:
+                raise UserError(f"checkpoint.{key} = {getattr(self, key)} must be at least 1.")
+
+
+class Checkpoints:
+    """The checkpoints of one folder.
+
+    Args:
+        directory: local (absolute or relative) or gs:// path; made if need be, unless `read_only`.
+        keep: newest checkpoints to keep.
+        read_only: never writes or deletes anything, for reading beside a running training.
+
+    Every process of a run makes one and calls the same methods in the same order.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2, *, read_only: bool = False) -> None:
+        path = epath.Path(directory)
+        self.directory = path if "://" in os.fspath(directory) else path.absolute()
+        self.read_only = read_only
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+            if not self.directory.is_dir():
+                raise UserError(f"There is no checkpoint folder {self.directory}. Give the folder of a training run.")
+        else:
+            # A save that was killed leaves a temporary folder, which is never listed as a step and is removed here.
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps that were saved completely, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """The newest step that was saved completely, or None."""
+        return max(self.steps(), default=None)
+
+    def save(self, state: TrainState, extra: Mapping[str, Any] | None = None) -> None:
+        """Starts to save `state` under its step; the state may be donated as soon as this returns.
+
+        Does nothing if that step is already saved.
+
+        Args:
+            state: the state of a run.
+            extra: a JSON object that is kept with it.
+
+        Raises:
+            NagJaxError: this or the save before it could not be written; earlier checkpoints are untouched.
+            UserError: an average's name is that of another item.
+        """
+        reserved = {PARAMS, TRAINING, EXTRA} & set(state.ema)
+        if reserved:
+            raise UserError(f"An average of the parameters cannot be called {reserved.pop()!r}.")
+        step = int(state.step)
+        with self._explain_failed_write():
+            if step in self._manager.all_steps():
+                return
+            items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+            self._manager.save(
+                step, args=ocp.args.Composite(**items, **{EXTRA: ocp.args.JsonSave(dict(extra or {}))}), force=True
+            )
+
+    def wait(self) -> None:
+        """Waits until everything is written. Raises NagJaxError if it could not be."""
+        with self._explain_failed_write():
+            self._manager.wait_until_finished()
+
+    def restore(self, abstract_state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """Reads a state, bit for bit, onto the devices that `abstract_state` names.
+
+        Args:
+            abstract_state: a TrainState of arrays, or of jax.ShapeDtypeStructs with shardings.
+            step: which one; the newest if None.
+
+        Returns:
+            (the state, the JSON object saved with it).
+
+        Raises:
+            UserError: there is no checkpoint, it is damaged, or it is one of another network or optimizer.
+        """
+        step = self._existing_step(step)
+        abstract = _items(jax.tree.map(_abstract, abstract_state))
+        with self._explain_damage(step):
+            for name, tree in abstract.items():
+                self._check_item(step, name, tree)
+            items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(**items, **{EXTRA: ocp.args.JsonRestore()})
+            )
+        state = abstract_state.replace(
+            **restored[TRAINING], params=restored[PARAMS], ema={name: restored[name] for name in abstract_state.ema}
+        )
+        return state, restored[EXTRA]
+
+    def restore_params(self, name: str = "ema", step: int | None = None) -> Params:
+        """Reads one set of parameters and nothing else.
+
+        Args:
+            name: "params", or the name of an average.
+            step: which one; the newest if None.
+
+        Returns:
+            The tree of parameters as numpy arrays.
+
+        Raises:
+            UserError: there is no checkpoint, it has no such parameters, or it is damaged.
+        """
+        step = self._existing_step(step)
+        folder = self._folder(step)
+        known = sorted({path.name for path in folder.iterdir() if path.is_dir()} - {TRAINING, EXTRA})
+        if name not in known:
+            raise UserError(f"Checkpoint {folder} has no parameters {name!r}. It has: {', '.join(known)}.")
+        with self._explain_damage(step):
+            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._saved_tree(step, name))
+            return ocp.PyTreeCheckpointHandler().restore(
+                folder / name, args=ocp.args.PyTreeRestore(restore_args=arguments)
+            )
+
+    def restore_extra(self, step: int | None = None) -> dict[str, Any]:
+        """Reads the JSON object of a step, the newest if None. Raises UserError as `restore` does."""
+        step = self._existing_step(step)
+        with self._explain_damage(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**{EXTRA: ocp.args.JsonRestore()}))[EXTRA]
+
+    def close(self) -> None:
+        """Waits for the last save and lets go of the folder. Raises NagJaxError as `wait` does."""
+        with self._explain_failed_write():
+            self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _folder(self, step: int) -> epath.Path:
+        return self.directory / str(step)
+
+    def _existing_step(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"There is no complete checkpoint in {self.directory}. Train first, or give another folder.")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise UserError(f"{self.directory} has no checkpoint of step {step}. It has: {', '.join(map(str, steps))}.")
+        return step
+
+    def _saved_tree(self, step: int, name: str) -> Any:
+        """The saved item with a description (shape and dtype) in the place of each array."""
+        return ocp.PyTreeCheckpointHandler().metadata(self._folder(step) / name).tree
+
+    def _check_item(self, step: int, name: str, abstract: Any) -> None:
+        """Raises UserError if the saved item has other arrays than `abstract`."""
+        if not (self._folder(step) / name).is_dir():
+            raise UserError(f"Checkpoint {self._folder(step)} has no {name!r}: the run was made with other settings.")
+        saved, wanted = _shapes(self._saved_tree(step, name)), _shapes(abstract)
+        for path in sorted(saved.keys() | wanted.keys()):
+            if saved.get(path) != wanted.get(path):
+                raise UserError(
+                    f"Checkpoint {self._folder(step)} does not fit this configuration: {name}/{path} has shape "
+                    f"{saved.get(path, 'none')} there and {wanted.get(path, 'none')} here. Use the run's own settings."
+                )
+
+    @contextlib.contextmanager
+    def _explain_damage(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except NagJaxError:
+            raise
+        except Exception as error:
+            earlier = [other for other in self.steps() if other < step]
+            kept = f"the earlier step {earlier[-1]} is kept and is used then" if earlier else "no earlier step is kept"
+            raise UserError(
+                f"Checkpoint {self._folder(step)} cannot be read, it seems damaged ({_first_line(error)}). "
+                f"Delete that folder; {kept}."
+            ) from error
+
+    @contextlib.contextmanager
+    def _explain_failed_write(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            kept = ", ".join(map(str, self.steps())) or "none"
+            raise NagJaxError(
+                f"A checkpoint could not be written to {self.directory} ({_first_line(error)}). Is the disk full? "
+                f"Complete checkpoints there: {kept}."
+            ) from error
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    training = {"step": state.step, "opt_state": state.opt_state, "frozen": state.frozen}
+    return {PARAMS: state.params, TRAINING: training, **state.ema}
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

@@ -1,0 +1,206 @@
+"""Where arrays live: the device mesh, shardings of parameters by rule, and batches on their way to the devices.
+
+Nothing here changes what is computed. The mesh has the axes (data, fsdp, tensor): a batch is split over data x fsdp,
+parameters over fsdp (and over tensor where a layer is wide).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nag_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Parameters with fewer elements are kept on every device: gathering them costs more than holding them.
+SMALLEST_SHARDED = 4096
+# Layers of the transformer whose output (columns) or input (rows) is split over the tensor axis.
+SPLIT_COLUMNS = ("qkv", "fc1", "adaLN_modulation")
+SPLIT_ROWS = ("proj", "fc2")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How devices are used.
+
+    Attributes:
+        mode: "jit" (one program over the mesh) or "pmap" (the same step, data-parallel only).
+        data: devices along the data axis; -1 takes all that the other axes leave.
+        fsdp: devices along which parameters, optimizer state and averages are split, besides the batch.
+        tensor: devices along which wide layers are split.
+    """
+
+    mode: Literal["jit", "pmap"] = "jit"
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("jit", "pmap"):
+            raise UserError(f"parallel.mode = {self.mode!r} is not one of jit, pmap.")
+        if self.mode == "pmap" and (self.fsdp, self.tensor) != (1, 1):
+            raise UserError("parallel.mode = 'pmap' is data-parallel: set parallel.fsdp = parallel.tensor = 1.")
+
+
+def make_mesh(config: ParallelConfig) -> Mesh:
+    """Makes the mesh over all devices. Raises UserError if the axes do not multiply to the number of devices."""
+    count = jax.device_count()
+    shape = [config.data, config.fsdp, config.tensor]
+    others = config.fsdp * config.tensor
+    if min(config.fsdp, config.tensor) >= 1 and config.data == -1 and count % others == 0:
+        shape[0] = count // others
+    if min(shape) < 1 or math.prod(shape) != count:
+        fitting = ", ".join(
+            f"{data}x{fsdp}x{count // (data * fsdp)}"
+            for data in range(count, 0, -1)
+            for fsdp in range(1, count + 1)
+            if count % (data * fsdp) == 0
+        )
+        raise UserError(
+            f"parallel.data x fsdp x tensor = {config.data}x{config.fsdp}x{config.tensor} does not use the {count} "
+            f"device(s) exactly. What fits: {fitting}."
+        )
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: its first axis over data x fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def partition_spec(mesh: Mesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """The rule for one parameter.
+
+    Args:
+        mesh: gives the sizes of the axes.
+        path: names from the root, "/" between them; only the end of it matters, so a parameter's moments and averages
+            are split as it is.
+        shape: its shape; blocks under a scan have the layer first, which is never split.
+
+    Returns:
+        tensor on the columns or rows of a wide layer's kernel, fsdp on the largest remaining axis that divides; axes
+        that do not divide and small parameters are not split.
+    """
+    names = path.split("/")
+    axes: list[str | None] = [None] * len(shape)
+    if math.prod(shape) < SMALLEST_SHARDED or len(shape) < 2:
+        return PartitionSpec()
+    matrix = [len(shape) - 2, len(shape) - 1]
+    layer = names[-2] if names[-1] == "kernel" and len(names) > 1 else ""
+    column, row = matrix[1], matrix[0]
+    for layers, axis in ((SPLIT_COLUMNS, column), (SPLIT_ROWS, row)):
+        if layer in layers and shape[axis] % mesh.shape["tensor"] == 0:
+            axes[axis] = "tensor"
+    free = [axis for axis in matrix if axes[axis] is None and shape[axis] % mesh.shape["fsdp"] == 0]
+    if free:
+        axes[max(free, key=lambda axis: shape[axis])] = "fsdp"
+    return PartitionSpec(*axes)
+
+
+def param_shardings(mesh: Mesh, abstract: Any) -> Any:
+    """Shardings for a tree of parameters, or for a whole training state, by `partition_spec`.
+
+    Args:
+        mesh: the mesh.
+        abstract: tree of arrays or of their shapes (`jax.eval_shape`).
+
+    Returns:
+        The same tree of NamedShardings.
+    """
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(mesh, path_name(path), tuple(leaf.shape)))
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract)
+
+
+def path_name(path: tuple) -> str:
+    """A tree path as names with "/" between them."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def init_sharded(init: Callable[..., Any], mesh: Mesh, *arguments: Any) -> tuple[Any, Any]:
+    """Runs `init(*arguments)` so that every parameter is made where it lives.
+
+    Args:
+        init: pure function that makes parameters or a training state.
+        mesh: the mesh.
+        *arguments: its arguments, such as a key.
+
+    Returns:
+        (what `init` returns, its shardings).
+    """
+    shardings = param_shardings(mesh, jax.eval_shape(init, *arguments))
+    return jax.jit(init, out_shardings=shardings)(*arguments), shardings
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of the global batch that this process must read.
+
+    Raises:
+        UserError: the batch does not divide over the mesh, or this process' rows are not in one piece.
+    """
+    check_batch_size(batch_size, mesh.shape["data"] * mesh.shape["fsdp"], "parallel.data x parallel.fsdp")
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    pieces = sorted({piece[0].indices(batch_size)[:2] for piece in indices.values()})
+    if any(end != start for (_, end), (start, _) in zip(pieces[:-1], pieces[1:], strict=True)):
+        raise UserError(
+            "The rows of this process are not in one piece on this mesh. Let parallel.fsdp x parallel.tensor be a "
+            "multiple of the devices of a process, or divide them."
+        )
+    return slice(pieces[0][0], pieces[-1][1])
+
+
+def shard_batch(mesh: Mesh, host_batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Puts this process' rows of a batch on its devices.
+
+    Args:
+        mesh: the mesh.
+        host_batch: arrays whose first axis is this process' rows (`local_rows`).
+
+    Returns:
+        Global arrays, split over data x fsdp.
+
+    Raises:
+        UserError: the global batch does not divide over data x fsdp.
+    """
+    sharding = batch_sharding(mesh)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    local_parts = len({piece[0].start for piece in sharding.addressable_devices_indices_map((parts,)).values()})
+    rows = len(next(iter(host_batch.values())))
+    check_batch_size(rows * parts // local_parts, parts, "parallel.data x parallel.fsdp")
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in host_batch.items()}
+
+
+def split_batch(host_batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Reshapes this process' rows [B, ...] for `pmap`: [local devices, B / local devices, ...].
+
+    Raises:
+        UserError: the rows do not divide over the devices of this process.
+    """
+    devices = jax.local_device_count()
+    check_batch_size(len(next(iter(host_batch.values()))), devices, "the devices of a process")
+    return {name: value.reshape(devices, -1, *value.shape[1:]) for name, value in host_batch.items()}
+
+
+def check_batch_size(batch_size: int, parts: int, what: str) -> None:
+    """Raises UserError unless `batch_size` is a positive multiple of `parts`."""
+    if batch_size < 1 or batch_size % parts:
+        raise UserError(
+            f"A batch of {batch_size} examples does not split evenly over {what} = {parts}. "
+            f"Set batch_size to a multiple of {parts}."
+        )
+

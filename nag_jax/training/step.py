@@ -1,0 +1,128 @@
+"""One training step as a pure function, and its compiled forms. It draws by position and never talks to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nag_jax.denoiser import Denoiser, Params
+from nag_jax.diffusion.objective import Objective, bucket_metrics, check_objective, draw, loss
+from nag_jax.errors import UserError
+from nag_jax.training import ema
+from nag_jax.training.state import TrainState
+
+Batch: TypeAlias = Mapping[str, jax.Array]
+Metrics: TypeAlias = dict[str, Any]
+TrainStep: TypeAlias = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    denoiser: Denoiser,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    ema_decays: Mapping[str, float],
+    *,
+    accumulation_steps: int = 1,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """Makes the function of one step.
+
+    Args:
+        denoiser: what is trained; its own `params` are not used.
+        objective: losses and draws.
+        optimizer: from `make_optimizer`.
+        ema_decays: decay of each average of the state, by name.
+        accumulation_steps: micro-batches that run one after the other; the draws do not depend on it.
+        axis_name: name of the mapped axis under `pmap`, over which gradients are averaged; None otherwise.
+
+    Returns:
+        step(state, batch, run_key) -> (state, metrics), for a batch of "image" [B, ...] and "label" int32 [B] (under
+        `pmap` the device's own part of it) and a typed key that is the same at every step. Metrics are "loss",
+        "grad_norm", "param_norm" (scalars) and "buckets", the sums of `bucket_metrics`. The loss is that of the
+        parameters before the step; it is not finite where training diverged.
+
+    Raises:
+        UserError: the objective does not suit the denoiser, or (when called) the batch does not divide.
+    """
+    check_objective(objective, denoiser)
+    denoiser = denoiser.without_params()
+
+    def micro_batch_loss(
+        params: Params, batch: Batch, positions: jax.Array, run_key: jax.Array, step: jax.Array, local_size: int
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        draws = draw(objective, denoiser.process, run_key, step, positions, batch["image"].shape[1:])
+        losses = loss(objective, denoiser, params, batch, draws)
+        return losses.total.sum() / local_size, bucket_metrics(objective, losses, draws)
+
+    gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)
+
+    def step(state: TrainState, batch: Batch, run_key: jax.Array) -> tuple[TrainState, Metrics]:
+        local_size = batch["label"].shape[0]
+        if local_size % accumulation_steps:
+            raise UserError(
+                f"A batch of {local_size} examples does not split into optimizer.accumulation_steps = "
+                f"{accumulation_steps} equal parts. Change one of the two."
+            )
+        offset = 0 if axis_name is None else jax.lax.axis_index(axis_name) * local_size
+        rows = {**batch, "position": offset + jnp.arange(local_size)}
+
+        def micro_batch(rows: Batch) -> Any:
+            inputs = {name: rows[name] for name in ("image", "label")}
+            return gradient(state.params, inputs, rows["position"], run_key, state.step, local_size)
+
+        if accumulation_steps == 1:
+            (total, buckets), gradients = micro_batch(rows)
+        else:
+            # Micro-batch a takes the rows a, a + A, a + 2A, ...: on a mesh every device keeps its own rows.
+            parts = jax.tree.map(
+                lambda x: jnp.moveaxis(x.reshape(-1, accumulation_steps, *x.shape[1:]), 1, 0), rows
+            )
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_batch, jax.tree.map(lambda x: x[0], parts))
+            )
+            ((total, buckets), gradients), _ = jax.lax.scan(
+                lambda sums, part: (jax.tree.map(jnp.add, sums, micro_batch(part)), None), zeros, parts
+            )
+        if axis_name is not None:
+            total, gradients = jax.lax.pmean((total, gradients), axis_name)
+            buckets = jax.lax.psum(buckets, axis_name)
+
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": total,
+            "grad_norm": optax.tree.norm(gradients),
+            "param_norm": optax.tree.norm(state.params),
+            "buckets": buckets,
+        }
+        averages = {name: ema.update(state.ema[name], params, decay) for name, decay in ema_decays.items()}
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=averages), metrics
+
+    return step
+
+
+def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any, batch_sharding: Any) -> TrainStep:
+    """Compiles `step` for a mesh; the state is donated and keeps its shardings, key and metrics are on every device."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        step,
+        in_shardings=(state_shardings, batch_sharding, everywhere),
+        out_shardings=(state_shardings, everywhere),
+        donate_argnums=0,
+    )
+
+
+def pmap_train_step(step: TrainStep, axis_name: str) -> TrainStep:
+    """Maps `step`, made with the same `axis_name`, over all devices; the state is donated.
+
+    State, key and metrics have no device axis (each device holds all of them), so states move freely between the two
+    modes; the batch has one: [local devices, rows of a device, ...].
+    """
+    return jax.pmap(
+        step, axis_name=axis_name, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=(0,)
+    )
