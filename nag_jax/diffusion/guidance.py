@@ -1,7 +1,7 @@
 """Guidance as a table: which calls of which network are mixed, and with which weights at which times.
 
 A *branch* is one way to call a network. A *guidance* is a base branch plus weighted differences of branches; its table
-at a time t maps branches to weights that sum to 1. Guidances add: the sum's differences are both guidances' differences.
+at a time t maps branches to weights that sum to 1. Guidances add: the sum has both guidances' differences.
 This file knows no network and runs nothing: `sampler.py` evaluates the branches of a table. What is no linear mixture
 of predictions is a correction (`corrections.py`).
 
@@ -29,8 +29,8 @@ class Branch:
     Attributes:
         network: "model" for the denoiser that is sampled, or a name in the sampler's `networks`.
         drop_label: ask without the class.
-        noise: "kept" asks with the noise level; "null" with the null noise condition (the network must have been trained
-            with noise-condition dropout); "posterior" averages the scores s(x|t_k) of noise-conditioned calls over
+        noise: "kept" asks with the noise level; "null" with the null noise condition (the network must have been
+            trained with noise-condition dropout); "posterior" averages the scores s(x|t_k) of noise-conditioned calls over
             p(t_k|x), which needs a time posterior and no retraining.
         time_shift: the network is asked at t + time_shift, clipped to [0, 1].
     """

@@ -1,11 +1,11 @@
 """Steppers: how a state moves from one time to the next, given a prediction and never a model.
 
-A stepper prepares its rows on the host (`schedule`): one row per network evaluation, with the time of the evaluation and
-the coefficients of the update in float64. Inside the compiled program `sampler.py` asks `state(carry)` for the state to
-be predicted and hands the guided prediction to `advance`. All draws of noise are made by the sampler.
+A stepper prepares its rows on the host (`schedule`): one row per network evaluation, with the time of the evaluation
+and the coefficients of the update in float64. Inside the compiled program `sampler.py` asks `state(carry)` for the
+state to be predicted and hands the guided prediction to `advance`. All draws of noise are made by the sampler.
 
-A row holds "t" (time of the evaluation), "start" (1.0 if the state at this row is a state of the path, 0.0 if it is only
-a stage of a step) and what the stepper's own `advance` reads.
+A row holds "t" (time of the evaluation), "start" (1.0 if the state at this row is a state of the path, 0.0 if it is
+only a stage of a step) and what the stepper's own `advance` reads.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Stepper(Protocol):
 class Euler:
     """Euler's method on the probability-flow ODE, in the variables in which the process is regular.
 
-    On the linear and GVP paths these are x and t, dx = v dt. On the DDPM process they are x/alpha and sigma/alpha, where
-    one Euler step is one DDIM step (arXiv 2010.02502, equation 12).
+    On the linear and GVP paths these are x and t, dx = v dt. On the DDPM process they are x/alpha and sigma/alpha,
+    where one Euler step is one DDIM step (arXiv 2010.02502, equation 12).
 
     Attributes:
         t_max, t_min: ends of the grid, 0 <= t_min < t_max <= 1.
@@ -222,13 +222,17 @@ class DDIM:
     """DDIM, x_next = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z (arXiv 2010.02502, equation 12).
 
     Attributes:
-        eta: s is eta times the ancestral standard deviation; 0 is deterministic, 1 has DDPM's noise.
+        eta: s is eta times the ancestral standard deviation, eta >= 0; 0 is deterministic, 1 has DDPM's noise.
         t_max, t_min: ends of the grid.
     """
 
     eta: float = 0.0
     t_max: float = 1.0
     t_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.eta >= 0.0:
+            raise UserError(f"DDIM's eta = {self.eta:g} must not be negative.")
 
     @property
     def is_stochastic(self) -> bool:
