@@ -11,8 +11,8 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import ml_collections
 
@@ -71,9 +71,9 @@ class SamplingConfig:
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     nag_scale: float = 1.0
     nag_interval: tuple[float, float] = (0.0, 1.0)
-    nag_null: str = "network"
+    nag_null: Literal["network", "posterior"] = "network"
     guided_channels: int = 0
-    label_rule: str = "balanced"
+    label_rule: Literal["balanced", "random"] = "balanced"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,7 @@ class EvalConfig:
         num_samples: samples for each method.
         seed: seed of the samples' noise and labels.
         every_steps: evaluate during training every so many steps; 0 for the end alone.
+        num_reference: most training and held-out images that are read for features and the noise shift.
         num_resamples: bootstrap resamples behind every interval.
         save_samples: also write the samples as samples.npz.
     """
@@ -95,6 +96,7 @@ class EvalConfig:
     num_samples: int = 1000
     seed: int = 0
     every_steps: int = 0
+    num_reference: int = 2000
     num_resamples: int = 200
     save_samples: bool = False
 
@@ -168,10 +170,20 @@ def from_config_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> C
             refuses.
     """
     values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    return _build(Config, values, "config")
+    return from_section(Config, values, "config")
 
 
-def _build(section: type[Section], values: Mapping[str, Any], path: str) -> Section:
+def from_section(section: type[Section], values: Mapping[str, Any], path: str) -> Section:
+    """Builds a dataclass of settings from nested plain values.
+
+    Args:
+        section: the dataclass.
+        values: its fields by name; those left out keep their defaults.
+        path: what error messages call it.
+
+    Raises:
+        UserError: see `from_config_dict`.
+    """
     hints = typing.get_type_hints(section)
     for name in values:
         if name not in hints:
@@ -185,7 +197,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UserError(f"{path} is a section of keys, not {value!r}.")
-        return _build(typing.cast(type, hint), value, path)
+        return from_section(typing.cast(type, hint), value, path)
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         inner = typing.get_args(hint)[1]
         return {name: _convert(inner, item, f"{path}.{name}") for name, item in value.items()}
@@ -229,6 +241,32 @@ def key_paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from key_paths(value, f"{path}.")
         else:
             yield path, value
+
+
+def choose_options(options: str, known: Sequence[str], exclusive: Sequence[Sequence[str]] = ()) -> tuple[str, ...]:
+    """Reads the option string of a config file, "a,b" in configs/NAME.py:a,b.
+
+    Args:
+        options: names with commas between them; "" for none.
+        known: names that the file understands.
+        exclusive: groups of names of which at most one may be given.
+
+    Returns:
+        The names that were given.
+
+    Raises:
+        UserError: an unknown name (with the nearest known one), or two of a group.
+    """
+    chosen = tuple(option for option in options.split(",") if option)
+    for option in chosen:
+        if option not in known:
+            nearest = difflib.get_close_matches(option, known, n=3) or known
+            raise UserError(f"{option!r} is not an option of this config. Nearest: {', '.join(nearest)}.")
+    for group in exclusive:
+        both = [option for option in chosen if option in group]
+        if len(both) > 1:
+            raise UserError(f"The options {' and '.join(both)} exclude each other. Give one.")
+    return chosen
 
 
 def check_resume(stored: Config, current: Config) -> None:

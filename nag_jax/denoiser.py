@@ -169,11 +169,19 @@ def from_network(
     *,
     num_classes: int,
     sample_shape: tuple[int, ...],
+    has_null_label: bool = True,
     has_null_noise: bool = True,
 ) -> Denoiser:
-    """The Denoiser of a DiT-like network."""
+    """The Denoiser of a DiT-like network; the arguments are the fields of `Denoiser`."""
     return Denoiser(
-        function, params, process, function.prediction, num_classes, sample_shape, has_null_noise=has_null_noise
+        function,
+        params,
+        process,
+        function.prediction,
+        num_classes,
+        sample_shape,
+        has_null_label=has_null_label,
+        has_null_noise=has_null_noise,
     )
 
 

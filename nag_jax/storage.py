@@ -39,7 +39,7 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 
 def write_json(path: epath.PathLike, content: Any) -> None:
     """Writes `content` as indented JSON; numpy values become numbers and lists, and NaN or infinity null."""
-    write_bytes(path, (json.dumps(_plain(content), indent=2) + "\n").encode())
+    write_bytes(path, (json.dumps(as_json(content), indent=2) + "\n").encode())
 
 
 def read_json(path: epath.PathLike) -> Any:
@@ -53,13 +53,14 @@ def read_json(path: epath.PathLike) -> Any:
         raise UserError(f"{path} is damaged ({error}). Delete it, and run the command that wrote it again.") from error
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """`value` as JSON can hold it: numpy values as numbers and lists, tuples as lists, NaN and infinity as None."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, np.ndarray | np.generic) or hasattr(value, "__array__"):
-        return _plain(np.asarray(value).tolist())
+        return as_json(np.asarray(value).tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, (str, int, float, bool)) or value is None:

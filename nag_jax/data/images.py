@@ -74,3 +74,15 @@ def _center_crop(picture: Image.Image, size: int) -> Image.Image:
     picture = picture.resize((width, height), resample=Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return picture.crop((left, top, left + size, top + size))
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Images in [-1, 1] as bytes, the inverse of `to_float` for bytes.
+
+    Args:
+      images: float, any shape; values beyond [-1, 1] are clipped.
+
+    Returns:
+      uint8, same shape, rounded to nearest.
+    """
+    return np.clip(np.round((images + 1.0) * 127.5), 0, 255).astype(np.uint8)

@@ -1,0 +1,134 @@
+"""Draws the samples of several methods on the same noise and labels, in batches, with what an estimator says on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from nag_jax.data.images import to_uint8
+from nag_jax.data.labels import label_rule
+from nag_jax.denoiser import Denoiser
+from nag_jax.diffusion.sampler import Sampler
+from nag_jax.diffusion.stepping import make_stepper
+from nag_jax.diffusion.time_posterior import Estimator
+from nag_jax.errors import NagJaxError
+from nag_jax.jobs.experiment import Experiment
+from nag_jax.jobs.methods import Method
+from nag_jax.noise_shift.answers import AnswerObserver, Answers
+from nag_jax.parallel import batch_sharding, check_batch_size
+from nag_jax.progress import progress
+
+
+class Drawn(NamedTuple):
+    """The samples of one method.
+
+    Attributes:
+        images: uint8 [N, H, W, C].
+        answers: Answers [T, N] of the measuring estimator, or None.
+        times: the times [T] of the answers.
+        evaluations_per_image: network evaluations behind each sample.
+        seconds: wall time of sampling, compilation included.
+    """
+
+    images: np.ndarray
+    answers: Answers | None
+    times: np.ndarray
+    evaluations_per_image: int
+    seconds: float
+
+
+def sample_labels(experiment: Experiment) -> np.ndarray:
+    """The labels of the samples, int32 [eval.num_samples], by the config's rule and seed."""
+    config = experiment.config
+    rule = label_rule(config.sampling.label_rule)
+    return rule(config.eval.num_samples, experiment.description.num_classes, config.eval.seed)
+
+
+def draw(
+    experiment: Experiment,
+    denoiser: Denoiser,
+    methods: Mapping[str, Method],
+    *,
+    measuring: Estimator | None = None,
+    guiding: Estimator | None = None,
+) -> dict[str, Drawn]:
+    """Draws `eval.num_samples` samples of every method.
+
+    Args:
+        experiment: config and devices.
+        denoiser: with its parameters on the devices.
+        methods: by name.
+        measuring: asked for the noise level of the states at `noise_shift.times`.
+        guiding: for the methods that need an estimator; never the one that measures.
+
+    Returns:
+        By method's name.
+
+    Raises:
+        NagJaxError: samples are not finite.
+        UserError: see `Sampler`.
+    """
+    config = experiment.config
+    labels = sample_labels(experiment)
+    batch_size = min(config.sampling.batch_size, len(labels))
+    check_batch_size(batch_size, experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"], "the devices")
+    num_batches = -(-len(labels) // batch_size)
+    drawn: dict[str, Drawn] = {}
+    with progress("sampling", num_batches * len(methods)) as report_progress:
+        # Methods with the same corrections share one compiled program.
+        for corrections in dict.fromkeys(method.corrections for method in methods.values()):
+            group = {name: method for name, method in methods.items() if method.corrections == corrections}
+            needs_estimator = any(method.needs_estimator for method in group.values())
+            sampler = Sampler(
+                denoiser,
+                {name: method.guidance for name, method in group.items()},
+                stepper=make_stepper(config.sampling.stepper),
+                num_steps=config.sampling.num_steps,
+                corrections=corrections,
+                estimator=guiding if needs_estimator else None,
+                observer=AnswerObserver(measuring.posterior) if measuring else None,
+                observer_params=measuring.params if measuring else None,
+                observe_times=config.noise_shift.times,
+            )
+            for name in group:
+                start = time.perf_counter()
+                batches = []
+                for first in range(0, len(labels), batch_size):
+                    batches.append(_draw_batch(experiment, sampler, name, labels, first, batch_size))
+                    report_progress(len(drawn) * num_batches + len(batches), name)
+                drawn[name] = _join(name, batches, len(labels), sampler, time.perf_counter() - start)
+    return {name: drawn[name] for name in methods}
+
+
+def _draw_batch(
+    experiment: Experiment, sampler: Sampler, name: str, labels: np.ndarray, first: int, batch_size: int
+) -> tuple[np.ndarray, Any]:
+    """Samples first ... first + batch_size on the host; beyond the last sample the batch is filled up with the first."""
+    indices = np.arange(first, first + batch_size) % len(labels)
+    place = batch_sharding(experiment.mesh)
+    samples = sampler(
+        name,
+        jax.device_put(labels[indices], place),
+        seed=experiment.config.eval.seed,
+        indices=jax.device_put(indices.astype(np.uint32), place),
+    )
+    x, observations = jax.device_get((samples.x, samples.observations))
+    if not np.isfinite(x).all():
+        row = int(np.argmin(np.isfinite(x).reshape(len(x), -1).all(axis=1)))
+        raise NagJaxError(
+            f"Sample {indices[row]} of method {name!r} is not finite. Lower its guidance scale, or take more steps."
+        )
+    return to_uint8(x), observations
+
+
+def _join(name: str, batches: list[tuple[np.ndarray, Any]], count: int, sampler: Sampler, seconds: float) -> Drawn:
+    images = np.concatenate([images for images, _ in batches])[:count]
+    answers = None
+    if sampler.program.observer is not None:
+        parts = zip(*(observations for _, observations in batches), strict=True)
+        answers = Answers(*(np.concatenate(part, axis=1)[:, :count].astype(np.float64) for part in parts))
+    return Drawn(images, answers, sampler.observed_times, sampler.evaluations_per_image[name], seconds)

@@ -1,0 +1,160 @@
+"""What every job starts from: the config, the folders, the data and the devices, checked before anything long runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from nag_jax import loading, storage
+from nag_jax.config import Config, to_dict
+from nag_jax.data.pipeline import eval_arrays
+from nag_jax.data.sources import Source, open_source
+from nag_jax.denoiser import Params
+from nag_jax.jobs.methods import Method
+from nag_jax.loading import ModelDescription
+from nag_jax.models.dit import init_params
+from nag_jax.parallel import make_mesh, param_shardings
+
+ENVIRONMENT_FILE = "environment.json"
+
+
+@dataclasses.dataclass
+class Experiment:
+    """A config with its folders, data and devices.
+
+    Attributes:
+        config: the settings.
+        workdir: where results are written.
+        mesh: the devices.
+        train_source, eval_source: training and held-out data.
+        description: the network.
+    """
+
+    config: Config
+    workdir: epath.Path
+    mesh: Mesh
+    train_source: Source
+    eval_source: Source
+    description: ModelDescription
+
+    @functools.cached_property
+    def train_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Training images in [-1, 1] and labels, at most `eval.num_reference` of them."""
+        return eval_arrays(self.train_source, self.config.data, self.config.eval.num_reference)
+
+    @functools.cached_property
+    def eval_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Held-out images in [-1, 1] and labels, at most `eval.num_reference` of them."""
+        return eval_arrays(self.eval_source, self.config.data, self.config.eval.num_reference)
+
+    def place(self, params: Params) -> Params:
+        """Puts parameters on the devices by the mesh's rules."""
+        return jax.device_put(params, param_shardings(self.mesh, params))
+
+    def add_to_environment(self, **entries: Any) -> None:
+        """Adds entries to the work folder's environment.json; "seconds" is merged by stage."""
+        path = self.workdir / ENVIRONMENT_FILE
+        known = storage.read_json(path) if path.exists() else {}
+        seconds = known.get("seconds", {}) | entries.pop("seconds", {})
+        storage.write_json(path, known | environment() | entries | {"seconds": seconds})
+
+
+def open_experiment(config: Config, workdir: epath.PathLike, checkpoint: epath.PathLike | None = None) -> Experiment:
+    """Opens data and devices for a job.
+
+    Args:
+        config: the settings.
+        workdir: where results go.
+        checkpoint: the folder of a trained network; None for the network that `config` describes.
+
+    Raises:
+        UserError: the data, the mesh or the network cannot be had.
+    """
+    train_source = open_source(config.data, config.data.split)
+    eval_source = open_source(config.data, config.data.eval_split)
+    if checkpoint is None:
+        description = loading.describe(
+            config, num_classes=train_source.num_classes, sample_shape=train_source.image_shape
+        )
+    else:
+        description = loading.read_description(checkpoint)
+    return Experiment(
+        config, epath.Path(workdir), make_mesh(config.parallel), train_source, eval_source, description
+    )
+
+
+def sampling_conditions(experiment: Experiment, methods: Mapping[str, Method]) -> dict[str, Any]:
+    """All that samples depend on besides the checkpoint, and where they come from, to stand beside every number."""
+    config = experiment.config
+    return {
+        "methods": {name: method.text for name, method in methods.items()},
+        "sampling": to_dict(config.sampling),
+        "num_samples": config.eval.num_samples,
+        "seed": config.eval.seed,
+        "dtype": experiment.description.model.dtype,
+        "precision": experiment.description.model.precision,
+        "device": jax.devices()[0].device_kind,
+        "training_data": experiment.train_source.fingerprint,
+        "config": config_digest(config),
+        "commit": commit(),
+    }
+
+
+def describe_experiment(experiment: Experiment, mode: str) -> str:
+    """What a job would work on, in a few lines."""
+    config, description = experiment.config, experiment.description
+    shapes = jax.eval_shape(functools.partial(init_params, description.network()), jax.random.key(0))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    mesh = " x ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items())
+    return "\n".join(
+        [
+            f"mode          {mode}",
+            f"work folder   {experiment.workdir}",
+            f"devices       {jax.devices()[0].device_kind} x{jax.device_count()} ({mesh})",
+            f"training data {experiment.train_source.fingerprint}",
+            f"held-out data {experiment.eval_source.fingerprint}",
+            f"network       {parameters:,} parameters, states of shape {description.sample_shape}",
+            f"training      {config.num_steps} steps of {config.batch_size}",
+            f"methods       {', '.join(config.eval.methods)}; {config.eval.num_samples} samples each",
+        ]
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit, to stand beside results."""
+    packages = ("nag_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "device": f"{device.device_kind} x{jax.device_count()}",
+        "commit": commit(),
+    }
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the source tree that runs, with "+changes" if it differs from it; None outside a git checkout."""
+    git = ["git", "-C", str(epath.Path(__file__).parent)]
+    try:
+        revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def config_digest(config: Config) -> str:
+    """Eight hexadecimal digits that differ between configs."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:8]

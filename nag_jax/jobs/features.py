@@ -1,0 +1,51 @@
+"""The feature net of a work folder's Fréchet distances: trained once on the training images, then read back."""
+
+from __future__ import annotations
+
+import time
+
+from nag_jax import storage
+from nag_jax.config import to_dict
+from nag_jax.jobs.experiment import Experiment
+from nag_jax.metrics.features import FeatureNet
+from nag_jax.models.feature_classifier import load_feature_net, save_feature_net, train_feature_classifier
+from nag_jax.progress import progress
+
+
+def prepare(experiment: Experiment) -> tuple[FeatureNet, float | None]:
+    """The work folder's feature net and its accuracy on held-out images.
+
+    It lies in features/ and is used again while the settings, the seed and the data are the same.
+    """
+    config = experiment.config
+    folder = experiment.workdir / "features"
+    made_with = storage.as_json(
+        {
+            "settings": to_dict(config.features),
+            "seed": config.seed,
+            "data": experiment.train_source.fingerprint,
+            "images": len(experiment.train_arrays[0]),
+        }
+    )
+    description = folder / "features.json"
+    if description.exists():
+        stored = storage.read_json(description)
+        if stored["made_with"] == made_with:
+            return load_feature_net(folder / "features.npz"), stored["held_out_accuracy"]
+
+    start = time.perf_counter()
+    with progress("feature classifier", config.features.num_steps) as report_progress:
+        feature_net, _, accuracy = train_feature_classifier(
+            *experiment.train_arrays,
+            experiment.train_source.num_classes,
+            config.features,
+            seed=config.seed,
+            progress=lambda step, num_steps, loss: report_progress(step, f"loss {loss:.3f}"),
+            test_images=experiment.eval_arrays[0],
+            test_labels=experiment.eval_arrays[1],
+            name=f"{config.data.name}-classifier",
+        )
+    save_feature_net(folder / "features.npz", feature_net)
+    storage.write_json(description, {"made_with": made_with, "held_out_accuracy": accuracy})
+    experiment.add_to_environment(seconds={"feature classifier": time.perf_counter() - start})
+    return feature_net, accuracy

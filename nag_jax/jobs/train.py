@@ -1,0 +1,238 @@
+"""`--mode=train`: trains, evaluates at the end, and writes the report. Read it from top to bottom.
+
+What a step computes is `training/step.py`, what is evaluated `jobs/evaluate.py`, what the report says `report.py`.
+Resuming is the same command again: the newest checkpoint is restored and the data go on at its step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from nag_jax import loading, storage
+from nag_jax.checkpoint import Checkpoints
+from nag_jax.config import Config, check_resume, from_config_dict, to_dict
+from nag_jax.data.pipeline import make_batches
+from nag_jax.diffusion.objective import summarize_buckets
+from nag_jax.errors import TrainingDivergedError, UserError
+from nag_jax.jobs import evaluate
+from nag_jax.jobs.experiment import Experiment, open_experiment
+from nag_jax.jobs.interrupt import Stopped, stop_on_signals
+from nag_jax.metric_writer import MetricWriter
+from nag_jax.models.dit import init_params
+from nag_jax.parallel import batch_sharding, init_sharded, param_shardings, shard_batch, split_batch
+from nag_jax.progress import progress, stage
+from nag_jax.training.ema import decay_per_step
+from nag_jax.training.optimizer import NULL_NOISE_EMBEDDING, learning_rate, make_optimizer
+from nag_jax.training.state import TrainState, init_state
+from nag_jax.training.step import jit_train_step, make_train_step, pmap_train_step
+
+PMAP_AXIS = "batch"
+
+
+def run(config: Config, workdir: epath.Path) -> epath.Path:
+    """Trains to `config.num_steps` and returns the path of the report.
+
+    Raises:
+        UserError: see the message; nothing was written over.
+        TrainingDivergedError: a loss was not finite.
+        Stopped: Ctrl-C or SIGTERM; the state is saved.
+    """
+    # 1. The folder: it goes on only under the configuration that began it.
+    is_main = jax.process_index() == 0
+    config_file = workdir / "config.json"
+    if config_file.exists():
+        check_resume(from_config_dict(storage.read_json(config_file)), config)
+
+    # 2. Data, devices and the network's description.
+    experiment = open_experiment(config, workdir)
+    check_methods_trained(config)
+    if is_main:
+        storage.write_json(config_file, to_dict(config))
+        loading.write_description(workdir, experiment.description)
+
+    # 3. The state: born sharded, or restored bit for bit.
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    state, shardings = make_state(experiment, checkpoints)
+    first_step = int(state.step)
+    if first_step:
+        logging.info("Resuming at step %d of %s", first_step, workdir)
+
+    # 4. The loop.
+    state = train(experiment, checkpoints, state, shardings) if first_step < config.num_steps else state
+    checkpoints.close()
+
+    # 5. What the trained network does, and the report.
+    params = state.params if config.sampling.weights == "params" else state.ema[config.sampling.weights]
+    return evaluate.evaluate_and_report(experiment, params, step=int(state.step))
+
+
+def check_methods_trained(config: Config) -> None:
+    """Refuses an evaluation that the trained network could not do, before training it."""
+    if config.sampling.weights != "params" and config.sampling.weights not in config.ema:
+        raise UserError(
+            f"sampling.weights = {config.sampling.weights!r} is not an average of this run. "
+            f"Known: params, {', '.join(config.ema)}."
+        )
+    evaluate.make_methods(config)
+
+
+def make_state(experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, Any]:
+    """The state to go on from and its shardings: the newest checkpoint, `init_from`, or fresh parameters."""
+    config, mesh = experiment.config, experiment.mesh
+    model = experiment.description.network()
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+
+    def fresh(key: jax.Array) -> TrainState:
+        return init_state(init_params(model, key), optimizer, tuple(config.ema))
+
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    if checkpoints.latest_step() is not None:
+        abstract = jax.eval_shape(fresh, key)
+        shardings = param_shardings(mesh, abstract)
+        placed = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        )
+        state, _ = checkpoints.restore(placed)
+        return state, shardings
+    if config.init_from:
+        params = loading.read_params(epath.Path(config.init_from), config.sampling.weights)
+        expected = jax.eval_shape(fresh, key).params
+        check_same_parameters(params, expected, config.init_from)
+        return init_sharded(lambda params: init_state(params, optimizer, tuple(config.ema)), mesh, params)
+    return init_sharded(fresh, mesh, key)
+
+
+def check_same_parameters(params: Any, expected: Any, source: str) -> None:
+    """Raises UserError unless two trees have the same names and shapes."""
+    shapes = [
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, expected)
+    ]
+    for path in sorted(shapes[0].keys() | shapes[1].keys()):
+        if shapes[0].get(path) != shapes[1].get(path):
+            raise UserError(
+                f"init_from = {source!r} does not fit config.model: {path} has shape {shapes[0].get(path)} there and "
+                f"{shapes[1].get(path)} here. Use the model section of that run."
+            )
+
+
+def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, shardings: Any) -> TrainState:
+    """The training loop, from `state.step` to `config.num_steps`."""
+    config, mesh, workdir = experiment.config, experiment.mesh, experiment.workdir
+    is_main = jax.process_index() == 0
+    is_pmap = config.parallel.mode == "pmap"
+    step_function = make_train_step(
+        experiment.description.denoiser(),
+        config.objective,
+        make_optimizer(config.optimizer, config.num_steps),
+        {name: decay_per_step(average, config.batch_size) for name, average in config.ema.items()},
+        accumulation_steps=config.optimizer.accumulation_steps,
+        axis_name=PMAP_AXIS if is_pmap else None,
+    )
+    if is_pmap:
+        train_step = pmap_train_step(step_function, PMAP_AXIS)
+    else:
+        train_step = jit_train_step(step_function, mesh, shardings, batch_sharding(mesh))
+    rate = learning_rate(config.optimizer, config.num_steps)
+    # The stream of training draws differs from the one that made the parameters.
+    run_key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 1)
+
+    first_step = int(state.step)
+    batches = make_batches(
+        experiment.train_source,
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=first_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    writer = MetricWriter(workdir, first_step) if is_main else None
+    unread: list[Any] = []  # metrics of the steps since the last log step, still on the devices
+    seconds = {"compile": 0.0, "training": 0.0}
+    log_start, log_step = time.perf_counter(), first_step
+
+    with stop_on_signals() as stop, progress("training", config.num_steps, first_step) as report_progress:
+        for step in range(first_step + 1, config.num_steps + 1):
+            batch = next(batches)
+            arrays = {name: batch[name] for name in ("image", "label")}
+            placed = split_batch(arrays) if is_pmap else shard_batch(mesh, arrays)
+            state, metrics = train_step(state, placed, run_key)
+            unread.append(metrics)
+
+            if step == first_step + 1:
+                jax.block_until_ready(metrics)
+                seconds["compile"] = time.perf_counter() - log_start
+                log_start, log_step = time.perf_counter(), step
+
+            is_last = step == config.num_steps or bool(stop)
+            is_saved = step % config.checkpoint.every_steps == 0 or is_last
+            is_evaluated = config.eval.every_steps > 0 and step % config.eval.every_steps == 0 and not is_last
+            if step % config.log.every_steps == 0 or is_saved or is_evaluated:
+                # A state is saved only after every loss up to it was seen to be finite.
+                numbers = read_metrics(unread, last_step=step, checkpoints=checkpoints)
+                elapsed = time.perf_counter() - log_start
+                if step > log_step:
+                    numbers["examples_per_second"] = (step - log_step) * config.batch_size / elapsed
+                numbers["learning_rate"] = float(rate(step - 1))
+                seconds["training"] += elapsed
+                if writer is not None:
+                    writer.write(step, numbers)
+                report_progress(step, f"loss {numbers['loss']:.4f}")
+                unread = []
+                log_start, log_step = time.perf_counter(), step
+            if is_saved:
+                checkpoints.save(state)
+            if is_evaluated:
+                params = state.params if config.sampling.weights == "params" else state.ema[config.sampling.weights]
+                evaluate.evaluate(experiment, params, step=step)
+                log_start = time.perf_counter()
+            if stop:
+                break
+    batches.close()
+    if writer is not None:
+        writer.close()
+    if stop:
+        checkpoints.close()
+        raise Stopped(stop, f"Stopped at step {int(state.step)}; saved. The same command goes on from there.")
+    with stage("saving the last checkpoint"):
+        checkpoints.wait()
+    if is_main:
+        network = {name: leaf for name, leaf in state.params.items() if name != NULL_NOISE_EMBEDDING}
+        counts = {
+            "network": sum(leaf.size for leaf in jax.tree.leaves(network)),
+            "null_noise_embedding": state.params[NULL_NOISE_EMBEDDING].size,
+        }
+        experiment.add_to_environment(parameters=counts, seconds=seconds)
+    return state
+
+
+def read_metrics(unread: list[Any], *, last_step: int, checkpoints: Checkpoints) -> dict[str, float]:
+    """Fetches the metrics of the steps up to `last_step` and averages them.
+
+    Raises:
+        TrainingDivergedError: a loss was not finite; names the first such step and the last good checkpoint.
+    """
+    fetched = jax.device_get(unread)
+    losses = np.array([metrics["loss"] for metrics in fetched], np.float64)
+    if not np.isfinite(losses).all():
+        bad_step = last_step - len(losses) + 1 + int(np.argmin(np.isfinite(losses)))
+        checkpoints.wait()
+        good = checkpoints.latest_step()
+        remedy = f"The last good checkpoint is step {good}" if good is not None else "There is no checkpoint yet"
+        raise TrainingDivergedError(
+            f"The loss of step {bad_step} is {losses[bad_step - last_step - 1 + len(losses)]}. {remedy} in "
+            f"{checkpoints.directory}. Lower optimizer.learning_rate, set optimizer.clip_norm, or look at the data."
+        )
+    numbers = {name: float(np.mean([metrics[name] for metrics in fetched])) for name in ("loss", "grad_norm", "param_norm")}
+    buckets = {name: sum(metrics["buckets"][name] for metrics in fetched) for name in fetched[0]["buckets"]}
+    numbers |= summarize_buckets(buckets)
+    assert all(math.isfinite(value) for value in numbers.values() if value is not None)
+    return numbers

@@ -1,0 +1,161 @@
+"""Train, sample, evaluate and measure the noise shift of diffusion models with Noise Awareness Guidance.
+
+    python -m nag_jax.main                                       the digits example: train, evaluate, write a report
+    python -m nag_jax.main --config=configs/imagenet256.py:sit_xl2,nag --workdir=DIR
+    python -m nag_jax.main --mode=sample --checkpoint=runs/digits --config.sampling.nag_scale=2
+
+A config file names everything that a run fixes; --config.a.b=VALUE changes a key. Running the same command again goes on
+where the work folder stands, or rebuilds the report of a finished one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from nag_jax.errors import NagJaxError, UserError
+
+DEFAULT_CONFIG = "configs/digits.py"
+MODES = ("train", "sample", "evaluate", "noise_shift")
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", DEFAULT_CONFIG, "Config file, with options behind a colon: configs/NAME.py:OPTIONS.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Work folder, local or gs://. Default: runs/NAME-OPTIONS of the config.")
+MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; train also evaluates and writes the report.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Folder of a trained network, for every mode but train. Default: the work folder."
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything, print the settings and what would run, write nothing.")
+DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise UserError(f"Unknown argument {arguments[1]!r}. Flags look like --workdir=DIR; see --help.")
+    if CHECKPOINT.value and MODE.value == "train":
+        raise UserError("--checkpoint is for other modes. To train from a network, set --config.init_from=FOLDER.")
+
+    # Imported late, so that --help and a wrong flag answer at once.
+    from nag_jax.config import from_config_dict, to_dict
+    from nag_jax.jobs import evaluate, noise_shift, sample, train
+    from nag_jax.jobs.experiment import describe_experiment, open_experiment
+
+    config = from_config_dict(CONFIG.value)
+    workdir = epath.Path(WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename))
+    checkpoint = epath.Path(CHECKPOINT.value) if CHECKPOINT.value else workdir
+    if DRY_RUN.value:
+        experiment = open_experiment(config, workdir, None if MODE.value == "train" else checkpoint)
+        print(json.dumps(to_dict(config), indent=2))
+        print(describe_experiment(experiment, MODE.value))
+        return
+    if MODE.value == "train":
+        print(f"report: {train.run(config, workdir)}", flush=True)
+    elif MODE.value == "evaluate":
+        print(f"report: {evaluate.run(config, workdir, checkpoint)}", flush=True)
+    else:
+        job = sample if MODE.value == "sample" else noise_shift
+        print(f"written: {job.run(config, workdir, checkpoint)}", flush=True)
+
+
+def default_workdir(config_path: str) -> str:
+    """runs/NAME, or runs/NAME-OPTIONS for configs/NAME.py:OPTIONS."""
+    path, _, options = config_path.partition(":")
+    return "runs/" + "-".join([Path(path).stem, *re.findall(r"[\w.+]+", options)])
+
+
+def find_config(argument: str) -> str:
+    """The config file that `argument` names; one that is not found from here is looked for in the project's root.
+
+    Raises:
+        UserError: there is no such file; names those in the project's folder.
+    """
+    path, colon, options = argument.partition(":")
+    project = Path(__file__).resolve().parent.parent
+    for candidate in (Path(path), project / path):
+        if candidate.is_file():
+            return f"{candidate}{colon}{options}"
+    known = sorted(f"configs/{file.name}" for file in (project / "configs").glob("*.py"))
+    raise UserError(f"There is no config file {path}. Known: {', '.join(known)}.")
+
+
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Parses the command line; unknown config keys and flags are refused with the nearest known name."""
+    located = [arguments[0]]
+    for argument in arguments[1:]:
+        name, equals, value = argument.partition("=")
+        located.append(f"{name}={find_config(value)}" if equals and name in ("--config", "-config") else argument)
+    if not any(re.match(r"--?config(=|$)", argument) for argument in located):
+        located.insert(1, f"--config={find_config(DEFAULT_CONFIG)}")
+    try:
+        return flags.FLAGS(located)
+    except flags.UnrecognizedFlagError as error:
+        known = [name for name in flags.FLAGS if not name.startswith("test_")]
+        if error.flagname.startswith("config."):
+            raise UserError(unknown_config_flag(error.flagname)) from error
+        nearest = difflib.get_close_matches(error.flagname, known, n=3)
+        hint = f" Nearest: {', '.join('--' + name for name in nearest)}." if nearest else " See --help."
+        raise UserError(f"Unknown flag --{error.flagname}.{hint}") from error
+    except (AttributeError, KeyError) as error:
+        wrong = [a.lstrip("-").partition("=")[0] for a in located if re.match(r"--?config\.", a)]
+        for name in wrong:
+            if name not in config_keys():
+                raise UserError(unknown_config_flag(name)) from error
+        raise
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+
+
+def config_keys() -> list[str]:
+    """Every key that --config.KEY=VALUE can change, as "config.a.b"."""
+    from nag_jax.config import defaults, key_paths
+
+    return [f"config.{key}" for key, _ in key_paths(defaults().to_dict())]
+
+
+def unknown_config_flag(name: str) -> str:
+    """The message for --config.KEY with a key that does not exist."""
+    from nag_jax.config import unknown_key
+
+    return unknown_key(name, config_keys())
+
+
+def exit_code(error: BaseException) -> int:
+    """Prints an error that was raised on purpose and returns its exit code; raises any other."""
+    from nag_jax.jobs.interrupt import Stopped
+
+    if isinstance(error, Stopped):
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    if isinstance(error, NagJaxError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    raise error
+
+
+def run_main(arguments: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    try:
+        main(arguments)
+    except Exception as error:
+        if DEBUG.value:
+            raise
+        sys.exit(exit_code(error))
+
+
+def parse_or_exit(arguments: list[str]) -> list[str]:
+    try:
+        return parse_flags(arguments)
+    except NagJaxError as error:
+        sys.exit(exit_code(error))
+
+
+if __name__ == "__main__":
+    app.run(run_main, flags_parser=parse_or_exit)
