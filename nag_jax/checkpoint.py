@@ -69,11 +69,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
-        """Steps that were saved completely, ascending."""
-        return sorted(self._manager.all_steps())
+        """Steps whose save is complete on disk, ascending."""
+        return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self.directory))
 
     def latest_step(self) -> int | None:
-        """The newest step that was saved completely, or None."""
+        """The newest of `steps`, or None."""
         return max(self.steps(), default=None)
 
     def save(self, state: TrainState, extra: Mapping[str, Any] | None = None) -> None:

@@ -1,0 +1,135 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from nag_jax import parallel
+from nag_jax.errors import UserError
+from nag_jax.parallel import ParallelConfig, make_mesh, partition_spec
+
+
+def mesh_of(data, fsdp, tensor):
+    """Stands in for a mesh where only the sizes of its axes matter."""
+    return SimpleNamespace(shape={"data": data, "fsdp": fsdp, "tensor": tensor})
+
+
+@pytest.mark.parametrize(
+    "path, shape, spec",
+    [
+        ("params/blocks/attn/qkv/kernel", (4, 128, 384), (None, "fsdp", "tensor")),
+        ("params/blocks/attn/proj/kernel", (4, 128, 128), (None, "tensor", "fsdp")),
+        ("params/blocks_3/mlp/fc1/kernel", (128, 512), ("fsdp", "tensor")),
+        ("params/blocks_3/mlp/fc2/kernel", (512, 128), ("tensor", "fsdp")),
+        ("opt_state/0/mu/blocks/mlp/fc2/kernel", (4, 512, 128), (None, "tensor", "fsdp")),
+        ("ema/ema/final_layer/adaLN_modulation/kernel", (128, 256), ("fsdp", "tensor")),
+        ("params/t_embedder/mlp_0/kernel", (256, 128), ("fsdp", None)),
+        ("params/y_embedder/embedding", (1001, 128), (None, "fsdp")),
+        ("params/blocks/mlp/fc1/bias", (4, 512), ()),
+        ("params/blocks/mlp/fc1/bias", (64, 512), (None, "fsdp")),
+        ("params/null_noise_embedding", (8192,), ()),
+        ("params/odd/kernel", (99, 101), (None, None)),
+        ("step", (), ()),
+    ],
+)
+def test_rules(path, shape, spec):
+    assert partition_spec(mesh_of(2, 4, 2), path, shape) == PartitionSpec(*spec)
+
+
+def test_a_mesh_takes_the_devices_that_are_left():
+    mesh = make_mesh(ParallelConfig())
+    assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize("axes", [{"data": 3}, {"fsdp": 2}, {"data": 0}, {"data": -2}, {"tensor": 0}, {"tensor": -1}])
+def test_an_impossible_mesh_names_the_devices_and_what_fits(axes):
+    assert jax.device_count() == 1
+    with pytest.raises(UserError, match=r"1 device\(s\) exactly. What fits: 1x1x1\."):
+        make_mesh(ParallelConfig(**axes))
+
+
+def test_impossible_settings():
+    with pytest.raises(UserError, match="parallel.mode"):
+        ParallelConfig(mode="pjit")
+    with pytest.raises(UserError, match="pmap"):
+        ParallelConfig(mode="pmap", fsdp=2)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match="batch of 10 examples.* = 4.*multiple of 4"):
+        parallel.check_batch_size(10, 4, "devices")
+    with pytest.raises(UserError, match="batch of 0"):
+        parallel.check_batch_size(0, 4, "devices")
+
+
+def test_batches_arrive_unchanged():
+    batch = {"image": np.arange(12.0, dtype=np.float32).reshape(4, 3), "label": np.arange(4, dtype=np.int32)}
+    mesh = make_mesh(ParallelConfig())
+    for name, value in parallel.shard_batch(mesh, batch).items():
+        np.testing.assert_array_equal(value, batch[name])
+        assert value.dtype == batch[name].dtype
+    assert parallel.split_batch(batch)["image"].shape == (1, 4, 3)
+    assert parallel.local_rows(mesh, 4) == slice(0, 4)
+
+
+def test_sharded_initialisation_is_the_initialisation():
+    def init(key):
+        return {"a": jax.random.normal(key, (64, 128)), "b": jnp.zeros(3)}
+
+    params, shardings = parallel.init_sharded(init, make_mesh(ParallelConfig()), jax.random.key(0))
+    np.testing.assert_array_equal(params["a"], jax.jit(init)(jax.random.key(0))["a"])
+    assert shardings["a"].spec == PartitionSpec(None, "fsdp")
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    root = Path(__file__).parents[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false",
+        "JAX_PLATFORMS": "cpu",
+    }
+    finished = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("eight_devices.py")), str(tmp_path_factory.mktemp("checkpoints"))],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+@pytest.mark.serial
+def test_eight_devices_compute_what_one_does(eight):
+    assert eight["devices"] == 8
+    for name in ("data", "fsdp", "all", "pmap"):
+        assert eight["same_init"][name] < 1e-6
+        for key in ("loss", "grad_norm"):
+            np.testing.assert_allclose(eight[key][name], eight[key]["one"], rtol=2e-5, err_msg=f"{key} {name}")
+        assert eight["params"][name] < 1e-4, name
+    assert all(eight["count"].values())
+    assert eight["same_draws"]
+    assert eight["local_rows"] == [0, 16]
+
+
+@pytest.mark.serial
+def test_parameters_moments_and_averages_are_split(eight):
+    assert eight["fsdp_share_per_device"] < 0.2
+    assert eight["sharding_kept"] and eight["state_rules"]
+
+
+@pytest.mark.serial
+def test_checkpoints_move_between_meshes_and_modes_bit_for_bit(eight):
+    assert all(eight["restored"].values()), eight["restored"]
+    losses = list(eight["next_loss"].values())
+    np.testing.assert_allclose(losses, losses[0], rtol=2e-5)
