@@ -15,7 +15,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --soft: #9aa4af; --line: #38404a; --paper: #15181c;
   --box: #1e2329; --accent: #56b4e9; --warn: #3a2d12; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.25rem; margin: 2.8rem 0 .6rem; }
@@ -25,8 +25,7 @@ p { max-width: 46rem; margin: .5rem 0; }
 .seen h2 { margin: 0 0 .3rem; } .seen p { max-width: none; }
 .caveat { background: var(--warn); padding: .6rem 1.2rem; max-width: none; }
 figure { margin: 1rem 0; break-inside: avoid; }
-figure img { display: block; width: 100%; height: auto; background: #fff; border-radius: 6px;
-  padding: .4rem; }
+figure img { display: block; width: 100%; height: auto; background: #fff; border-radius: 6px; padding: .4rem; }
 figcaption, caption, .note { font-size: .88rem; text-align: left; max-width: 46rem; }
 figcaption { margin-top: .4rem; } caption { padding-bottom: .4rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
@@ -40,8 +39,9 @@ tfoot th, tfoot td { border-bottom: 0; font-weight: 600; } small { font-weight: 
   font-weight: 400; }
 summary { cursor: pointer; color: var(--accent); margin: .5rem 0; }
 pre { background: var(--box); padding: .7rem 1rem; overflow-x: auto; font-size: .85rem; }
-@media print { :root { --ink: #000; --soft: #444; --line: #ccc; --paper: #fff; --box: #f4f4f4; --warn: #fff4e0; }
-  body { font-size: 11px; } main { max-width: none; padding: 0; } h2 { break-after: avoid; }
+@media print { :root { color-scheme: light; font-size: 11px; --ink: #000; --soft: #444; --line: #ccc;
+    --paper: #fff; --box: #f4f4f4; --accent: #0072b2; --warn: #fff4e0; }
+  main, p, figcaption, caption, .note { max-width: none; } main { padding: 0; } h2 { break-after: avoid; }
   tr, pre { break-inside: avoid; } .scroll, pre { overflow: visible; } pre { white-space: pre-wrap; } }
 """
 
