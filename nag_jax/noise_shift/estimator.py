@@ -40,9 +40,11 @@ class EstimatorConfig:
         num_steps: optimizer steps.
         batch_size: examples per step.
         learning_rate: largest rate of AdamW; it rises over the first tenth of the steps and falls as a cosine to 0.
+            Networks of the published sizes want a smaller one, about 1e-4 as their own training.
         weight_decay: of AdamW.
         beta: each example's likelihood is weighted by its predicted variance to this power, as a constant (beta-NLL,
-            arXiv 2203.09168). 0 is the likelihood itself, 1 fits the mean as least squares does.
+            arXiv 2203.09168). 0 is the likelihood itself, 1 fits the mean as least squares does. Within 200 steps on
+            digits .5 had the smallest error of the mean, by one to two per cent; in 300 steps 0 did as well.
     """
 
     num_steps: int = 300
