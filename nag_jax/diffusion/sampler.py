@@ -35,11 +35,11 @@ Observer = Callable[[Params, jax.Array, jax.Array], Any]
 
 
 class Calls(NamedTuple):
-    """`count` calls of one network within one row, run as one batch."""
+    """`num_slots` calls of one network within one row, run as one batch."""
 
     network: str
     is_posterior: bool
-    count: int
+    num_slots: int
 
     @property
     def key(self) -> str:
@@ -125,6 +125,11 @@ class Sampler:
                     f"Network {name!r} was made for {network.process}, the sampled one for {denoiser.process}. "
                     "Guidance mixes predictions at the same noise level: use networks of one process."
                 )
+            if network.sample_shape != denoiser.sample_shape:
+                raise UserError(
+                    f"Network {name!r} predicts states of shape {network.sample_shape}, the sampled one of shape "
+                    f"{denoiser.sample_shape}. Guidance needs networks of one shape."
+                )
         if corrections and estimator is None:
             raise UserError("A correction needs a time posterior: pass `estimator`.")
 
@@ -138,6 +143,8 @@ class Sampler:
         tables = {
             name: guidance.tables(times, denoiser.sample_shape[-1]) for name, guidance in guidances.items()
         }
+        for name in tables:
+            _check_mixing(denoiser, all_networks, times, tables[name])
         row_layouts = {name: [_layout(table) for table in tables[name]] for name in tables}
         layouts = tuple(sorted({layout for rows in row_layouts.values() for layout in rows}))
         shared_rows = {
@@ -151,7 +158,7 @@ class Sampler:
         }
         self.evaluations_per_image = {
             name: sum(
-                calls.count * (num_posterior_nodes if calls.is_posterior else 1)
+                calls.num_slots * (num_posterior_nodes if calls.is_posterior else 1)
                 for layout in row_layouts[name]
                 for calls in layout
             )
@@ -194,6 +201,13 @@ class Sampler:
             The samples.
         """
         _check_labels(labels, self.denoiser.num_classes)
+        states_shape = (len(labels), *self.denoiser.sample_shape)
+        if np.shape(indices) != states_shape[:1]:
+            raise UserError(f"indices has shape {np.shape(indices)}; one index for each of {len(labels)} labels.")
+        if initial is not None:
+            initial = jnp.asarray(initial, float)
+            if initial.shape != states_shape:
+                raise UserError(f"initial has shape {initial.shape}; the labels and the denoiser ask {states_shape}.")
         x, observations = _run(
             self.program,
             self._params,
@@ -349,7 +363,7 @@ def _mix(
     base: Prediction | None = None
     for calls in layout:
         network, network_params = networks[calls.network], params["networks"][calls.network]
-        slot = {name: values[: calls.count] for name, values in slots[calls.key].items()}
+        slot = {name: values[: calls.num_slots] for name, values in slots[calls.key].items()}
         if calls.is_posterior:
             assert base is not None  # _layout puts the base branch, which is never a posterior one, first.
             guided = GuidedPrediction(model.process, model.prediction, x, t, base.value, None)
@@ -365,7 +379,7 @@ def _mix(
                 variances = predictions.variance
                 base = Prediction(values[0], None if variances is None else variances[0])
         # Weights are [calls, channels].
-        weights = slot["weight"].reshape((calls.count,) + (1,) * (x.ndim - 1) + (x.shape[-1],))
+        weights = slot["weight"].reshape((calls.num_slots,) + (1,) * (x.ndim - 1) + (x.shape[-1],))
         total = total + jnp.sum(weights * values, axis=0)
     assert base is not None
     return Prediction(total, base.variance)
@@ -436,7 +450,7 @@ def _call_rows(
     num_slots: dict[str, int] = {}
     for layout in layouts:
         for calls in layout:
-            num_slots[calls.key] = max(num_slots.get(calls.key, 0), calls.count)
+            num_slots[calls.key] = max(num_slots.get(calls.key, 0), calls.num_slots)
     slots = {
         key: {
             "drop_label": np.zeros((len(tables), count), bool),
@@ -495,10 +509,33 @@ def _check_guidance(
             raise UserError(f"Guidance {name!r} has a posterior null branch: pass `estimator`.")
 
 
+        if not branch.drop_label and network.num_classes != networks[MODEL].num_classes:
+            raise UserError(
+                f"Guidance {name!r} asks network {branch.network!r} for a class, but it has {network.num_classes} "
+                f"classes and the sampled one has {networks[MODEL].num_classes}."
+            )
+
+
+def _check_mixing(
+    denoiser: Denoiser,
+    networks: Mapping[str, Denoiser],
+    times: np.ndarray,
+    tables: Sequence[Mapping[Branch, np.ndarray]],
+) -> None:
+    """Refuses rows that mix predictions of another kind where it does not determine the sampled denoiser's kind."""
+    for t, table in zip(times, tables, strict=True):
+        for branch in table:
+            # The posterior branch adds a difference of scores, which stays regular.
+            if branch.noise != "posterior":
+                denoiser.process.check_conversion(t, networks[branch.network].prediction, denoiser.prediction)
+
+
 def _check_labels(labels: np.ndarray | jax.Array, num_classes: int) -> None:
     host = np.asarray(labels)
     if host.ndim != 1 or host.size == 0:
         raise UserError(f"labels must be a non-empty list of classes, got shape {host.shape}.")
+    if not np.issubdtype(host.dtype, np.integer):
+        raise UserError(f"labels must be integers, got {host.dtype}.")
     if host.min() < 0 or host.max() >= num_classes:
         raise UserError(
             f"labels must lie in [0, {num_classes}), got {host.min()} to {host.max()}. The null class is reached "
