@@ -30,8 +30,8 @@ class Branch:
         network: "model" for the denoiser that is sampled, or a name in the sampler's `networks`.
         drop_label: ask without the class.
         noise: "kept" asks with the noise level; "null" with the null noise condition (the network must have been
-            trained with noise-condition dropout); "posterior" averages the scores s(x|t_k) of noise-conditioned calls over
-            p(t_k|x), which needs a time posterior and no retraining.
+            trained with noise-condition dropout); "posterior" averages the scores s(x|t_k) of noise-conditioned calls
+            over p(t_k|x), which needs a time posterior and no retraining.
         time_shift: the network is asked at t + time_shift, clipped to [0, 1].
     """
 
