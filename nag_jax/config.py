@@ -226,11 +226,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """The message for an unknown key or flag: the nearest known names, or all of them."""
-    nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    return f"{key} is not a key of this config. " + (
-        f"Nearest: {', '.join(nearest)}." if nearest else f"Known: {', '.join(known)}."
-    )
+    """The message for an unknown key "config.a.b": the nearest known keys by their last name, or all of the section."""
+    section, _, name = key.rpartition(".")
+    names: dict[str, list[str]] = {}
+    for candidate in known:
+        names.setdefault(candidate.rpartition(".")[2], []).append(candidate)
+    nearest = [path for match in difflib.get_close_matches(name, names, n=3) for path in names[match]]
+    if nearest:
+        return f"{key} is not a key of this config. Nearest: {', '.join(nearest)}."
+    in_section = [candidate for candidate in known if candidate.rpartition(".")[0] == section] or known
+    return f"{key} is not a key of this config. Known: {', '.join(in_section)}."
 
 
 def key_paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -148,7 +148,7 @@ class NetworkFunction:
         time_embedding_offset: jax.Array | None,
     ) -> Prediction:
         network_time = {"t": t, "1 - t": 1.0 - t, "1000 t - 1": 1000.0 * t - 1.0}[self.network_time]
-        output = self.model.apply(
+        output: Any = self.model.apply(
             {"params": params}, x, network_time, labels, drop_label, drop_noise, time_embedding_offset
         )
         variance = None

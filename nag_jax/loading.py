@@ -1,4 +1,4 @@
-"""From a folder to a Denoiser: `model.json` says what the network is and how it is called, a checkpoint holds its weights.
+"""From a folder to a Denoiser: `model.json` says what the network is, a checkpoint holds its weights.
 
 A training folder writes its `model.json` at the start. Training and sampling make their networks here, from the same
 description. Sampling itself is `diffusion/sampler.py`.

@@ -4,8 +4,8 @@
     python -m nag_jax.main --config=configs/imagenet256.py:sit_xl2,nag --workdir=DIR
     python -m nag_jax.main --mode=sample --checkpoint=runs/digits --config.sampling.nag_scale=2
 
-A config file names everything that a run fixes; --config.a.b=VALUE changes a key. Running the same command again goes on
-where the work folder stands, or rebuilds the report of a finished one.
+A config file names what a run fixes; --config.a.b=VALUE changes a key. Running the same command again goes on where the
+work folder stands, or rebuilds the report of a finished one.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from nag_jax.errors import NagJaxError, UserError
 DEFAULT_CONFIG = "configs/digits.py"
 MODES = ("train", "sample", "evaluate", "noise_shift")
 
+# No default here: ml_collections would read the default's file, and any wrong key, before errors can be explained.
 CONFIG = config_flags.DEFINE_config_file(
-    "config", DEFAULT_CONFIG, "Config file, with options behind a colon: configs/NAME.py:OPTIONS.", lock_config=True
+    "config", None, f"Config file, with options behind a colon: NAME.py:OPTIONS. Default: {DEFAULT_CONFIG}."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Work folder, local or gs://. Default: runs/NAME-OPTIONS of the config.")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; train also evaluates and writes the report.")
@@ -49,8 +50,9 @@ def main(arguments: list[str]) -> None:
     from nag_jax.jobs.experiment import describe_experiment, open_experiment
 
     config = from_config_dict(CONFIG.value)
-    workdir = epath.Path(WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename))
+    workdir = epath.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"])))
     checkpoint = epath.Path(CHECKPOINT.value) if CHECKPOINT.value else workdir
+    evaluate.make_methods(config)
     if DRY_RUN.value:
         experiment = open_experiment(config, workdir, None if MODE.value == "train" else checkpoint)
         print(json.dumps(to_dict(config), indent=2))

@@ -34,7 +34,8 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     except OSError as error:
         if not is_remote:
             beside.unlink(missing_ok=True)
-        raise NagJaxError(f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder.") from error
+        reason = error.strerror or error
+        raise NagJaxError(f"Cannot write {path}: {reason}. Free space or choose another folder.") from error
 
 
 def write_json(path: epath.PathLike, content: Any) -> None:

@@ -7,8 +7,8 @@ any step, with any number of processes or workers, and nothing about the data ne
 
 import dataclasses
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from nag_jax.data import draws
 from nag_jax.data.images import to_float
 from nag_jax.data.sources import DataConfig, Source, load_example
 from nag_jax.errors import UserError
+
+Batches: TypeAlias = Generator[dict[str, np.ndarray], None, None]
 
 # Batches read ahead, in each process or worker: enough to hide a slow read, few enough for 256-pixel batches
 # in memory.
@@ -32,7 +34,7 @@ def make_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Batches:
     """The endless training batches from `start_step` on; this process's rows of each.
 
     Args:
@@ -72,7 +74,7 @@ def make_batches(
 
 def ordered_batches(
     source: Source, config: DataConfig, *, batch_size: int, limit: int | None = None
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Batches:
     """Every record once, in the source's order, unaugmented; for evaluation.
 
     Args:
@@ -182,7 +184,7 @@ def _read_records(
     return {"image": to_float(pixels), "label": labels, "index": np.asarray(records, np.int64)}
 
 
-def _read_ahead(batches: Any, num_workers: int) -> Iterator[dict[str, np.ndarray]]:
+def _read_ahead(batches: Any, num_workers: int) -> Batches:
     """Iterate over a grain MapDataset of batches while threads, or worker processes, read the later ones."""
     import grain
 

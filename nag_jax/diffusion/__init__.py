@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: processes, guidance, steppers, the sampler and an exact oracle. No networks, no files."""
+"""The mathematics of diffusion: processes, guidance, steppers, the sampler and an exact oracle. No files."""

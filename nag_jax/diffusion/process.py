@@ -7,7 +7,7 @@ Everything is affine in (x, prediction) with coefficients that depend on t alone
 array (and return one, for use inside a compiled program) or a numpy value (and return float64, for rows that are
 prepared on the host).
 
-Equations (derived from x_t = alpha x_0 + sigma eps, velocity v = alpha' x_0 + sigma' eps, D = alpha sigma' - alpha' sigma):
+Equations, from x_t = alpha x_0 + sigma eps and v = alpha' x_0 + sigma' eps with D = alpha sigma' - alpha' sigma:
     (1) eps = (alpha v - alpha' x) / D        (2) x_0 = (sigma' x - sigma v) / D        (3) score = -eps / sigma
     (4) v = (alpha'/alpha) x + (D/alpha) eps   (5) v = (sigma'/sigma) x - (D/sigma) x_0
 The linear path and DDPM are those of SiT (arXiv 2401.08740) and DiT (arXiv 2212.09748).

@@ -53,7 +53,10 @@ class GuidedPrediction(NamedTuple):
 class Stepper(Protocol):
     """What the sampler needs of a stepper. Frozen and hashable: a static argument of compiled programs."""
 
-    is_stochastic: bool
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether `advance` reads noise; none is drawn otherwise."""
+        ...
 
     def needs(self, process: Process) -> tuple[PredictionKind, ...]:
         """The kinds that `advance` reads, so that impossible conversions are refused before anything runs."""
@@ -212,6 +215,7 @@ class EulerMaruyama:
     def advance(
         self, carry: jax.Array, prediction: GuidedPrediction, row: Row, noise: jax.Array | None
     ) -> jax.Array:
+        assert noise is not None  # is_stochastic
         # w/2 score = sigma (-eps / sigma) = -eps, which stays regular as sigma -> 0.
         drift = prediction.read_as("velocity") + prediction.read_as("noise")
         return carry + row["step"] * drift + row["noise"] * noise
@@ -323,6 +327,7 @@ class Ancestral:
             log_variance = coefficients.log_variance(prediction.variance)
         else:
             log_variance = coefficients.log_variance(1.0 if self.variance == "large" else -1.0)
+        assert noise is not None  # is_stochastic
         mean = coefficients.x * carry + coefficients.data * prediction.read_as("data")
         return mean + row["is_noisy"] * jnp.exp(0.5 * log_variance) * noise
 

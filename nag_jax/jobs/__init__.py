@@ -1,1 +1,1 @@
-"""What the main command can do, one module for each mode. Jobs put the library's parts together; they hold no mathematics."""
+"""What the main command can do, a module for each mode. Jobs put the library's parts together."""

@@ -1,4 +1,4 @@
-"""Draws the samples of several methods on the same noise and labels, in batches, with what an estimator says on the way."""
+"""Draws the samples of several methods on the same noise and labels, and asks an estimator on the way."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def draw(
 def _draw_batch(
     experiment: Experiment, sampler: Sampler, name: str, labels: np.ndarray, first: int, batch_size: int
 ) -> tuple[np.ndarray, Any]:
-    """Samples first ... first + batch_size on the host; beyond the last sample the batch is filled up with the first."""
+    """Samples first ... first + batch_size on the host; the last batch is filled up with the first samples."""
     indices = np.arange(first, first + batch_size) % len(labels)
     place = batch_sharding(experiment.mesh)
     samples = sampler(

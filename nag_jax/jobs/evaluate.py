@@ -49,7 +49,12 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
 
 
 def evaluate_and_report(experiment: Experiment, params: Params, *, step: int) -> epath.Path:
-    """Trains (or reads back) the estimator, evaluates with the noise shift, and writes the report."""
+    """Trains (or reads back) the estimator, evaluates with the noise shift, and writes the report.
+
+    Without `eval.methods` there is the report of the training alone.
+    """
+    if not experiment.config.eval.methods:
+        return write_report(experiment.workdir)
     placed = experiment.place(params)
     measuring = prepare_measuring(experiment, placed)
     evaluate(experiment, placed, step=step, measuring=measuring)
@@ -235,5 +240,6 @@ def grid(experiment: Experiment, drawn: dict[str, Drawn]) -> bytes:
 def pack_samples(drawn: dict[str, Drawn], labels: np.ndarray) -> bytes:
     """samples.npz: uint8 [N, H, W, C] under each method's name, and the labels."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, labels=labels, **{name: each.images for name, each in drawn.items()})
+    arrays: dict[str, Any] = {name: each.images for name, each in drawn.items()}
+    np.savez_compressed(buffer, labels=labels, **arrays)
     return buffer.getvalue()

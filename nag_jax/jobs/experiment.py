@@ -7,7 +7,9 @@ import functools
 import hashlib
 import json
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -140,6 +142,7 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
         "device": f"{device.device_kind} x{jax.device_count()}",
         "commit": commit(),
+        "command": " ".join(["python -m nag_jax.main", *map(shlex.quote, sys.argv[1:])]),
     }
 
 

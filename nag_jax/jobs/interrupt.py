@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 
 class StopRequest:
@@ -30,7 +31,7 @@ class Stopped(Exception):
 def stop_on_signals() -> Iterator[StopRequest]:
     """Within the block the first Ctrl-C or SIGTERM only sets the request; a second one interrupts at once."""
     request = StopRequest()
-    previous = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def handle(number: int, frame: object) -> None:
         request.signal = signal.Signals(number)

@@ -1,4 +1,4 @@
-"""The guidance methods that a config can name, made from its `sampling` section. Their mathematics is `guidance.py`'s."""
+"""The guidance methods that a config can name, made from its `sampling` section."""
 
 from __future__ import annotations
 

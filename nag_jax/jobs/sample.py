@@ -1,4 +1,4 @@
-"""`--mode=sample`: draws samples of every method in `eval.methods` and keeps them, with a picture and their conditions."""
+"""`--mode=sample`: draws samples of every method in `eval.methods` and keeps them with their conditions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from etils import epath
 from nag_jax import loading, storage
 from nag_jax.checkpoint import Checkpoints
 from nag_jax.config import Config
-from nag_jax.figures import sample_grid
 from nag_jax.jobs import evaluate
 from nag_jax.jobs.drawing import draw, sample_labels
 from nag_jax.jobs.estimators import prepare_guiding

@@ -6,7 +6,6 @@ Resuming is the same command again: the newest checkpoint is restored and the da
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -19,6 +18,7 @@ from nag_jax import loading, storage
 from nag_jax.checkpoint import Checkpoints
 from nag_jax.config import Config, check_resume, from_config_dict, to_dict
 from nag_jax.data.pipeline import make_batches
+from nag_jax.denoiser import Params
 from nag_jax.diffusion.objective import summarize_buckets
 from nag_jax.errors import TrainingDivergedError, UserError
 from nag_jax.jobs import evaluate
@@ -52,7 +52,7 @@ def run(config: Config, workdir: epath.Path) -> epath.Path:
 
     # 2. Data, devices and the network's description.
     experiment = open_experiment(config, workdir)
-    check_methods_trained(config)
+    check_weights(config)
     if is_main:
         storage.write_json(config_file, to_dict(config))
         loading.write_description(workdir, experiment.description)
@@ -69,18 +69,21 @@ def run(config: Config, workdir: epath.Path) -> epath.Path:
     checkpoints.close()
 
     # 5. What the trained network does, and the report.
-    params = state.params if config.sampling.weights == "params" else state.ema[config.sampling.weights]
-    return evaluate.evaluate_and_report(experiment, params, step=int(state.step))
+    return evaluate.evaluate_and_report(experiment, sampling_params(config, state), step=int(state.step))
 
 
-def check_methods_trained(config: Config) -> None:
-    """Refuses an evaluation that the trained network could not do, before training it."""
+def check_weights(config: Config) -> None:
+    """Refuses an evaluation of weights that the run would not have, before training it."""
     if config.sampling.weights != "params" and config.sampling.weights not in config.ema:
         raise UserError(
             f"sampling.weights = {config.sampling.weights!r} is not an average of this run. "
             f"Known: params, {', '.join(config.ema)}."
         )
-    evaluate.make_methods(config)
+
+
+def sampling_params(config: Config, state: TrainState) -> Params:
+    """The weights that `sampling.weights` names."""
+    return state.params if config.sampling.weights == "params" else state.ema[config.sampling.weights]
 
 
 def make_state(experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, Any]:
@@ -163,7 +166,7 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
         for step in range(first_step + 1, config.num_steps + 1):
             batch = next(batches)
             arrays = {name: batch[name] for name in ("image", "label")}
-            placed = split_batch(arrays) if is_pmap else shard_batch(mesh, arrays)
+            placed: Any = split_batch(arrays) if is_pmap else shard_batch(mesh, arrays)
             state, metrics = train_step(state, placed, run_key)
             unread.append(metrics)
 
@@ -191,8 +194,7 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
             if is_saved:
                 checkpoints.save(state)
             if is_evaluated:
-                params = state.params if config.sampling.weights == "params" else state.ema[config.sampling.weights]
-                evaluate.evaluate(experiment, params, step=step)
+                evaluate.evaluate(experiment, sampling_params(config, state), step=step)
                 log_start = time.perf_counter()
             if stop:
                 break
@@ -231,8 +233,7 @@ def read_metrics(unread: list[Any], *, last_step: int, checkpoints: Checkpoints)
             f"The loss of step {bad_step} is {losses[bad_step - last_step - 1 + len(losses)]}. {remedy} in "
             f"{checkpoints.directory}. Lower optimizer.learning_rate, set optimizer.clip_norm, or look at the data."
         )
-    numbers = {name: float(np.mean([metrics[name] for metrics in fetched])) for name in ("loss", "grad_norm", "param_norm")}
+    scalars = ("loss", "grad_norm", "param_norm")
+    numbers = {name: float(np.mean([metrics[name] for metrics in fetched])) for name in scalars}
     buckets = {name: sum(metrics["buckets"][name] for metrics in fetched) for name in fetched[0]["buckets"]}
-    numbers |= summarize_buckets(buckets)
-    assert all(math.isfinite(value) for value in numbers.values() if value is not None)
-    return numbers
+    return numbers | summarize_buckets(buckets)
