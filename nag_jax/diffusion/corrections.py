@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nag_jax.diffusion.guidance import check_weight
 from nag_jax.diffusion.stepping import GuidedPrediction
 from nag_jax.diffusion.time_posterior import TimePosterior
 
@@ -46,6 +47,9 @@ class ClassifierNAG:
 
     nag_scale: float
     interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        check_weight(self.nag_scale, self.interval)
 
     def weights(self, times: np.ndarray) -> np.ndarray:
         lowest, highest = self.interval

@@ -45,6 +45,15 @@ CONDITIONAL = Branch()
 UNCONDITIONAL = Branch(drop_label=True)
 
 
+def check_weight(weight: float, interval: tuple[float, float]) -> None:
+    """Raises UserError unless `weight` is finite and `interval` lies in [0, 1]."""
+    lowest, highest = interval
+    if not 0.0 <= lowest <= highest <= 1.0:
+        raise UserError(f"A guidance interval needs 0 <= lowest <= highest <= 1, got {interval}.")
+    if not np.isfinite(weight):
+        raise UserError(f"A guidance weight must be finite, got {weight}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """weight * (towards - away), for times in [lowest, highest] and on the first `channels` channels (all if None)."""
@@ -56,13 +65,9 @@ class Difference:
     channels: int | None = None
 
     def __post_init__(self) -> None:
-        lowest, highest = self.interval
-        if not 0.0 <= lowest <= highest <= 1.0:
-            raise UserError(f"A guidance interval needs 0 <= lowest <= highest <= 1, got {self.interval}.")
+        check_weight(self.weight, self.interval)
         if self.channels is not None and self.channels < 1:
             raise UserError(f"channels = {self.channels}: guide at least one channel, or None for all.")
-        if not np.isfinite(self.weight):
-            raise UserError(f"A guidance weight must be finite, got {self.weight}.")
 
 
 @dataclasses.dataclass(frozen=True)
