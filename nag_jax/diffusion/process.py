@@ -18,6 +18,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import itertools
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
@@ -194,7 +195,9 @@ class Process(abc.ABC):
         Noise: -sigma ds. Velocity: -sigma (sigma' - alpha' sigma / alpha) ds. Past LARGEST_REGULAR_TIME the factor of
         that time is used.
         """
-        _, b = self.conversion(jnp.minimum(jnp.asarray(t), LARGEST_REGULAR_TIME), "score", target)
+        # A discrete process keeps alpha > 0 at all its levels.
+        largest = LARGEST_REGULAR_TIME if self.num_levels is None else 1.0
+        _, b = self.conversion(jnp.minimum(jnp.asarray(t), largest), "score", target)
         return expand_like(b, difference) * difference
 
     def _determinant(self, t: Any) -> Any:
@@ -348,7 +351,7 @@ class DDPM(Process):
         over all of them, first and last included, rounded.
         """
         check_grid(num_steps, t_max, t_min)
-        last = round(t_max * self.num_levels) - 1
+        last = int(np.floor(t_max * self.num_levels + 1e-9)) - 1
         first = int(np.floor(t_min * self.num_levels + 1e-9))
         if num_steps > last - first + 1:
             raise UserError(
@@ -358,8 +361,10 @@ class DDPM(Process):
         if num_steps == 1:
             steps = np.array([last])
         else:
+            # Added up and then rounded, as the public code does: i * stride would round some ties the other way.
             stride = (last - first) / (num_steps - 1)
-            steps = np.array([first + round(i * stride) for i in range(num_steps)])
+            cursors = itertools.accumulate([stride] * (num_steps - 1), initial=0.0)
+            steps = np.array([first + round(cursor) for cursor in cursors])
         return np.append((steps[::-1] + 1) / self.num_levels, t_min)
 
     def ode_scale(self, t: Any) -> Any:

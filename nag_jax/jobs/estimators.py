@@ -22,7 +22,8 @@ from nag_jax.models.noise_estimator import build_estimator
 from nag_jax.noise_shift.answers import Answers, forward_answers
 from nag_jax.noise_shift.calibration import Calibration, calibrate
 from nag_jax.noise_shift.estimator import Role, estimator_seed, make_estimator, train_estimator
-from nag_jax.noise_shift.store import estimator_conditions, load_estimator, params_hash, save_estimator
+from nag_jax.noise_shift.store import estimator_conditions, load_estimator, save_estimator
+from nag_jax.params_hash import params_hash
 from nag_jax.progress import progress
 
 

@@ -4,14 +4,12 @@ It knows no particular network: a trained classifier (`models.feature_classifier
 look alike here.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 from numpy.typing import NDArray
 
 from nag_jax.errors import UserError
@@ -28,7 +26,7 @@ class FeatureNet:
         apply: (params, images [B, H, W, C] float32 in [-1, 1]) -> features [B, d]; pure, row by row.
         params: its parameters, a plain nested dict of arrays.
         dimension: d.
-        fingerprint: `parameter_fingerprint(params)`, written beside every number computed with it.
+        fingerprint: `params_hash(params)`, written beside every number computed with it.
     """
 
     name: str
@@ -79,13 +77,3 @@ def features(feature_net: FeatureNet, images: np.ndarray, batch_size: int = 256)
         batch[: len(rows)] = rows
         output[start : start + len(rows)] = np.asarray(apply(feature_net.params, batch))[: len(rows)]
     return output
-
-
-def parameter_fingerprint(params: Any) -> str:
-    """SHA-256 (hex) over names, types, shapes and bytes of a nested dict of arrays, whatever its order."""
-    digest = hashlib.sha256()
-    for name, value in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        array = np.ascontiguousarray(value)
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

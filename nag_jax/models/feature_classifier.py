@@ -6,7 +6,6 @@ trained in seconds on the training split; the distance on its features is named 
 
 import io
 import os
-import uuid
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ import optax
 from etils import epath
 from flax import traverse_util
 
+from nag_jax import storage
 from nag_jax.errors import UserError
-from nag_jax.metrics.features import FeatureNet, features, parameter_fingerprint
+from nag_jax.metrics.features import FeatureNet, features
+from nag_jax.params_hash import params_hash
 
 STEPS_PER_CALL = 50  # how often progress is told; the trained parameters do not depend on it
 
@@ -198,14 +199,7 @@ def save_feature_net(path: str | os.PathLike[str], feature_net: FeatureNet) -> N
     content |= {"name": feature_net.name, "fingerprint": feature_net.fingerprint}
     buffer = io.BytesIO()
     np.savez(buffer, **content)
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in str(path):
-        target.write_bytes(buffer.getvalue())  # an object appears in its store only when it is complete
-        return
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(target)
+    storage.write_bytes(path, buffer.getvalue())
 
 
 def load_feature_net(path: str | os.PathLike[str]) -> FeatureNet:
@@ -239,7 +233,7 @@ def _feature_net(name: str, trunk_params: dict[str, Any]) -> FeatureNet:
     def apply(params: Any, images: jax.Array) -> jax.Array:
         return jnp.asarray(trunk.apply({"params": params}, images))
 
-    return FeatureNet(name, apply, trunk_params, dimension, parameter_fingerprint(trunk_params))
+    return FeatureNet(name, apply, trunk_params, dimension, params_hash(trunk_params))
 
 
 def _num_halvings(size: tuple[int, ...]) -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from nag_jax.noise_shift.figure import noise_shift_figure
     from nag_jax.noise_shift.measurement import NoiseShift, compare_answers, measure
-    from nag_jax.noise_shift.store import estimator_conditions, load_estimator, params_hash, save_estimator
+    from nag_jax.noise_shift.store import estimator_conditions, load_estimator, save_estimator
 
 _MODULES = {
     "answers": ("AnswerObserver", "Answers", "forward_answers"),
@@ -30,7 +30,7 @@ _MODULES = {
     "estimator": ("EstimatorConfig", "estimator_seed", "image_batches", "make_estimator", "train_estimator"),
     "figure": ("noise_shift_figure",),
     "measurement": ("NoiseShift", "compare_answers", "measure"),
-    "store": ("estimator_conditions", "load_estimator", "params_hash", "save_estimator"),
+    "store": ("estimator_conditions", "load_estimator", "save_estimator"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -50,7 +50,6 @@ __all__ = [
     "make_estimator",
     "measure",
     "noise_shift_figure",
-    "params_hash",
     "save_estimator",
     "train_estimator",
 ]

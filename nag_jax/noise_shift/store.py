@@ -8,7 +8,6 @@ it is; that holds on an object store too.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import zipfile
@@ -19,23 +18,14 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from nag_jax import storage
 from nag_jax.denoiser import Params
 from nag_jax.diffusion.process import Process
 from nag_jax.errors import UserError
 from nag_jax.models.noise_estimator import NoiseEstimator
 from nag_jax.noise_shift.calibration import Calibration
 from nag_jax.noise_shift.estimator import EstimatorConfig, Role
-
-
-def params_hash(params: Params) -> str:
-    """SHA-256 of a tree of arrays: of every leaf's path, dtype, shape and bytes, in the order of the sorted paths."""
-    leaves = sorted((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params))
-    digest = hashlib.sha256()
-    for path, leaf in leaves:
-        array = np.ascontiguousarray(leaf)
-        digest.update(json.dumps([path, str(array.dtype), array.shape]).encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+from nag_jax.params_hash import params_hash
 
 
 def estimator_conditions(
@@ -77,19 +67,18 @@ def save_estimator(
         conditions: from `estimator_conditions`.
     """
     folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / f"{role}.json"
     manifest.unlink(missing_ok=True)
     host_params = jax.tree.map(np.asarray, params)
     buffer = io.BytesIO()
     np.savez(buffer, **flatten_dict(host_params, sep="/"))
-    (folder / f"{role}.npz").write_bytes(buffer.getvalue())
+    storage.write_bytes(folder / f"{role}.npz", buffer.getvalue())
     content = {
         "conditions": conditions,
         "calibration": calibration.to_json(),
         "params_hash": params_hash(host_params),
     }
-    manifest.write_text(json.dumps(content, indent=1))
+    storage.write_json(manifest, content)
 
 
 def load_estimator(folder: epath.PathLike, role: Role, conditions: dict[str, Any]) -> tuple[Params, Calibration] | None:

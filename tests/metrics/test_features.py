@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from nag_jax.errors import UserError
-from nag_jax.metrics.features import FeatureNet, features, parameter_fingerprint
+from nag_jax.metrics.features import FeatureNet, features
+from nag_jax.params_hash import params_hash
 
 
 def tiny_net(calls: list[tuple[int, ...]] | None = None) -> FeatureNet:
@@ -17,7 +18,7 @@ def tiny_net(calls: list[tuple[int, ...]] | None = None) -> FeatureNet:
         # Not odd in the images, so a zero image has features that would show if they leaked.
         return jnp.cos(images.reshape(len(images), -1) @ params["w"])
 
-    return FeatureNet("tiny", apply, params, 5, parameter_fingerprint(params))
+    return FeatureNet("tiny", apply, params, 5, params_hash(params))
 
 
 def some_images(n: int) -> np.ndarray:
@@ -64,12 +65,12 @@ def test_refuses_images_it_would_misread(images, message):
 
 def test_fingerprint_depends_on_content_alone():
     a, b = np.arange(6, dtype=np.float32), np.ones(2, np.float32)
-    base = parameter_fingerprint({"x": {"a": a}, "b": b})
-    assert base == parameter_fingerprint({"b": jnp.asarray(b), "x": {"a": jnp.asarray(a)}})
+    base = params_hash({"x": {"a": a}, "b": b})
+    assert base == params_hash({"b": jnp.asarray(b), "x": {"a": jnp.asarray(a)}})
     for other in (
         {"x": {"a": a.reshape(2, 3)}, "b": b},
         {"x": {"a": a.view(np.int32)}, "b": b},
         {"y": {"a": a}, "b": b},
         {"x": {"a": np.nextafter(a, 9)}, "b": b},
     ):
-        assert parameter_fingerprint(other) != base
+        assert params_hash(other) != base

@@ -10,7 +10,8 @@ from nag_jax.models.dit import ModelConfig, build_model
 from nag_jax.models.noise_estimator import build_estimator
 from nag_jax.noise_shift.calibration import Calibration
 from nag_jax.noise_shift.estimator import EstimatorConfig
-from nag_jax.noise_shift.store import estimator_conditions, load_estimator, params_hash, save_estimator
+from nag_jax.noise_shift.store import estimator_conditions, load_estimator, save_estimator
+from nag_jax.params_hash import params_hash
 
 PARAMS = {"trunk": {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, "head": {"bias": np.float32([0.5, -2.5])}}
 CALIBRATION = Calibration((0.1, 0.9), (0.2, 0.7), (0.05, 0.06))
