@@ -191,16 +191,16 @@ def test_every_ddpm_level_is_its_integer_step_in_float32() -> None:
     np.testing.assert_allclose(1000.0 * t - 1.0, np.arange(1000), atol=1e-4)
 
 
-@pytest.mark.parametrize("count", range(2, 1001, 3))
-def test_ddpm_grid_is_the_official_respacing(count: int) -> None:
+def test_ddpm_grid_is_the_official_respacing() -> None:
     """One section of guided diffusion's respacing: a cursor from 0 advances by (T - 1) / (count - 1) and is rounded."""
-    cursor, expected = 0.0, []
-    for _ in range(count):
-        expected.append(round(cursor))
-        cursor += 999 / (count - 1)
-    grid = DDPM().time_grid(count)
-    np.testing.assert_allclose(1000 * grid[:-1] - 1, expected[::-1], atol=1e-9)
-    assert grid[-1] == 0.0
+    for count in range(2, 1001):
+        cursor, expected = 0.0, []
+        for _ in range(count):
+            expected.append(round(cursor))
+            cursor += 999 / (count - 1)
+        grid = DDPM().time_grid(count)
+        np.testing.assert_allclose(1000 * grid[:-1] - 1, expected[::-1], atol=1e-9, err_msg=str(count))
+        assert grid[-1] == 0.0
 
 
 @by_process
@@ -215,11 +215,8 @@ def test_time_grids_descend_within_their_bounds(process: Process, bounds, num_st
     assert (np.diff(grid) < 0).all() and grid[-1] == t_min
     if process.num_levels is None:
         assert grid[0] == t_max
-        np.testing.assert_allclose(np.diff(grid), (t_min - t_max) / num_steps, atol=1e-12)
     else:
-        steps = grid[:-1] * process.num_levels
-        np.testing.assert_allclose(steps, np.round(steps), atol=1e-9)
-        assert abs(grid[0] - t_max) <= 0.5 / process.num_levels + 1e-9
+        assert t_max - 1 / process.num_levels < grid[0] <= t_max + 1e-12
 
 
 @by_process
