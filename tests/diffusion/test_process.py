@@ -215,7 +215,10 @@ def test_time_grids_descend_within_their_bounds(process: Process, bounds, num_st
     assert (np.diff(grid) < 0).all() and grid[-1] == t_min
     if process.num_levels is None:
         assert grid[0] == t_max
+        np.testing.assert_allclose(np.diff(grid), (t_min - t_max) / num_steps, atol=1e-12)
     else:
+        steps = grid[:-1] * process.num_levels
+        np.testing.assert_allclose(steps, np.round(steps), atol=1e-9)
         assert t_max - 1 / process.num_levels < grid[0] <= t_max + 1e-12
 
 
