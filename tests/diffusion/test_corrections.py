@@ -53,7 +53,7 @@ def test_classifier_based_equals_classifier_free_with_the_true_score(
         denoiser, estimator = mixture.denoiser(kind), Estimator(*mixture.time_posterior())
         free = draw(denoiser, nag(w, null="posterior"), estimator=estimator, num_posterior_nodes=NUM_LEVELS)
         based = draw(denoiser, plain(), corrections=[ClassifierNAG(w)], estimator=estimator)
-        unguided = draw(denoiser, plain())
+        unguided = draw(denoiser, plain(), corrections=[ClassifierNAG(0.0)], estimator=estimator)
     np.testing.assert_allclose(based, free, rtol=tolerance, atol=tolerance)
     assert np.abs(based - unguided).max() > 1e-2
 

@@ -611,7 +611,7 @@ def test_moments_of_stochastic_samples(stepper: Any, variance: float, t_end: flo
 def test_guided_samples_do_not_depend_on_the_prediction_kind(float64: None) -> None:
     process = GVP()
     guidances = {"cfg": cfg(2.5), "nag": nag(0.8), "cfg + nag posterior": cfg(1.5) + nag(0.8, null="posterior")}
-    kinds: tuple[PredictionKind, ...] = ("velocity", "noise", "data", "score")
+    kinds: tuple[PredictionKind, ...] = ("velocity", "noise", "data")
     results: dict[str, list[np.ndarray]] = {name: [] for name in guidances}
     for kind in kinds:
         sampler = Sampler(
@@ -646,7 +646,7 @@ def test_posterior_null_branch_tends_to_the_true_marginal_score(float64: None) -
     expected = (1 + w) * target(process, "score", x, np.float64(t), NULL_MEAN) - w * marginal
     a, b = process.conversion(t, "score", "velocity")
     errors = []
-    for num_nodes in (2, 4, 8, 32):
+    for num_nodes in (2, 6, 32):
         sampler = Sampler(
             gaussians(process, "velocity"),
             {"nag": guidance},
