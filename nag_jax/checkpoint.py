@@ -128,9 +128,8 @@ class Checkpoints:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(**items, **{EXTRA: ocp.args.JsonRestore()})
             )
-        state = abstract_state.replace(
-            **restored[TRAINING], params=restored[PARAMS], ema={name: restored[name] for name in abstract_state.ema}
-        )
+        averages = {name: restored[name] for name in abstract_state.ema}
+        state = TrainState(**restored[TRAINING], params=restored[PARAMS], ema=averages)
         return state, restored[EXTRA]
 
     def restore_params(self, name: str = "ema", step: int | None = None) -> Params:
@@ -180,7 +179,7 @@ class Checkpoints:
     def _existing_step(self, step: int | None) -> int:
         steps = self.steps()
         if not steps:
-            raise UserError(f"There is no complete checkpoint in {self.directory}. Train first, or give another folder.")
+            raise UserError(f"No complete checkpoint in {self.directory}. Train first, or give another folder.")
         if step is None:
             return steps[-1]
         if step not in steps:

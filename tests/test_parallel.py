@@ -29,7 +29,7 @@ def mesh_of(data, fsdp, tensor):
         ("params/blocks_3/mlp/fc1/kernel", (128, 512), ("fsdp", "tensor")),
         ("params/blocks_3/mlp/fc2/kernel", (512, 128), ("tensor", "fsdp")),
         ("opt_state/0/mu/blocks/mlp/fc2/kernel", (4, 512, 128), (None, "tensor", "fsdp")),
-        ("ema/ema/final_layer/adaLN_modulation/kernel", (128, 256), ("fsdp", "tensor")),
+        ("ema/ema/final_layer/adaLN_modulation/kernel", (128, 256), (None, "fsdp")),
         ("params/t_embedder/mlp_0/kernel", (256, 128), ("fsdp", None)),
         ("params/y_embedder/embedding", (1001, 128), (None, "fsdp")),
         ("params/blocks/mlp/fc1/bias", (4, 512), ()),
@@ -94,11 +94,14 @@ def eight(tmp_path_factory):
     environment = {
         **os.environ,
         "PYTHONPATH": str(root),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false",
+        # Seven programs are compiled and run a few times each: compile them fast, not well.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "JAX_PLATFORMS": "cpu",
     }
+    script = Path(__file__).with_name("eight_devices.py")
     finished = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("eight_devices.py")), str(tmp_path_factory.mktemp("checkpoints"))],
+        [sys.executable, str(script), str(tmp_path_factory.mktemp("checkpoints"))],
         env=environment,
         cwd=root,
         capture_output=True,
@@ -112,8 +115,8 @@ def eight(tmp_path_factory):
 @pytest.mark.serial
 def test_eight_devices_compute_what_one_does(eight):
     assert eight["devices"] == 8
+    assert eight["init_difference"] < 1e-6
     for name in ("data", "fsdp", "all", "pmap"):
-        assert eight["same_init"][name] < 1e-6
         for key in ("loss", "grad_norm"):
             np.testing.assert_allclose(eight[key][name], eight[key]["one"], rtol=2e-5, err_msg=f"{key} {name}")
         assert eight["params"][name] < 1e-4, name

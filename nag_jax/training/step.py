@@ -101,7 +101,7 @@ def make_train_step(
             "buckets": buckets,
         }
         averages = {name: ema.update(state.ema[name], params, decay) for name, decay in ema_decays.items()}
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=averages), metrics
+        return TrainState(state.step + 1, params, opt_state, averages, state.frozen), metrics
 
     return step
 
@@ -120,8 +120,8 @@ def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any, batch_shar
 def pmap_train_step(step: TrainStep, axis_name: str) -> TrainStep:
     """Maps `step`, made with the same `axis_name`, over all devices; the state is donated.
 
-    State, key and metrics have no device axis (each device holds all of them), so states move freely between the two
-    modes; the batch has one: [local devices, rows of a device, ...].
+    State, key and metrics have no device axis (each device holds all of them, see `parallel.pmap_sharding`), so states
+    move freely between the two modes; the batch has one: [local devices, rows of a device, ...].
     """
     return jax.pmap(
         step, axis_name=axis_name, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=(0,)
