@@ -43,11 +43,12 @@ def get_config(options: str = "") -> ml_collections.ConfigDict:
     config.log.every_steps = 25
 
     config.sampling.stepper = "heun"
-    config.sampling.num_steps = 10
-    config.sampling.batch_size = 500
+    config.sampling.num_steps = 8
+    config.sampling.batch_size = 125
     config.sampling.cfg_scale = 1.5
     config.sampling.nag_scale = 0.5
     config.eval.num_samples = 1000
+    config.noise_shift.times = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
     config.estimator.num_steps = 100
     config.estimator.batch_size = 128
 

@@ -32,7 +32,7 @@ PREDICTION_KINDS: tuple[PredictionKind, ...] = ("velocity", "noise", "data", "sc
 
 # A score difference turns into a velocity difference with a factor that grows like 1/alpha and has no limit where
 # alpha = 0. Past this time the factor of this time is used (a choice of ours; the paper does not say).
-LARGEST_REGULAR_TIME = 0.999
+LARGEST_REGULAR_TIME = 0.95
 
 
 def array_module(t: Any) -> Any:

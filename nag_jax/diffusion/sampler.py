@@ -153,7 +153,7 @@ class Sampler:
             "observe": observed,
             "corrections": [correction.weights(times) for correction in corrections],
         }
-        self._rows = {
+        self._rows: dict[str, Any] = {
             name: shared_rows | _call_rows(tables[name], row_layouts[name], layouts) for name in tables
         }
         self.evaluations_per_image = {

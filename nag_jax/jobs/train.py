@@ -26,7 +26,7 @@ from nag_jax.jobs.experiment import Experiment, open_experiment
 from nag_jax.jobs.interrupt import Stopped, stop_on_signals
 from nag_jax.metric_writer import MetricWriter
 from nag_jax.models.dit import init_params
-from nag_jax.parallel import batch_sharding, init_sharded, param_shardings, shard_batch, split_batch
+from nag_jax.parallel import batch_sharding, init_sharded, param_shardings, pmap_sharding, shard_batch, split_batch
 from nag_jax.progress import progress, stage
 from nag_jax.training.ema import decay_per_step
 from nag_jax.training.optimizer import NULL_NOISE_EMBEDDING, learning_rate, make_optimizer
@@ -147,6 +147,8 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
     # The stream of training draws differs from the one that made the parameters.
     run_key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 1)
 
+    if is_pmap:
+        state = jax.device_put(state, pmap_sharding(PMAP_AXIS))
     first_step = int(state.step)
     batches = make_batches(
         experiment.train_source,

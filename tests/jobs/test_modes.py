@@ -1,0 +1,90 @@
+"""The other modes on a finished run, and the library on its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nag_jax
+from nag_jax.errors import UserError
+
+FEW = ["--config.eval.num_samples=50", "--config.sampling.num_steps=2"]
+
+
+def folder_of(output: str, word: str) -> Path:
+    (line,) = [line for line in output.splitlines() if line.startswith(f"{word}: ")]
+    return Path(line.removeprefix(f"{word}: "))
+
+
+def test_sample_writes_pictures_arrays_and_conditions(finished: Path, runs, tmp_path: Path):
+    methods = "--config.eval.methods=('plain','nag','classifier_nag')"
+    output, _ = runs.finish(tmp_path / "w", "--mode=sample", f"--checkpoint={finished}", methods, *FEW)
+    folder = folder_of(output, "written")
+    assert folder.parent == tmp_path / "w" / "samples"
+    with np.load(folder / "samples.npz") as samples:
+        assert set(samples.files) == {"labels", "plain", "nag", "classifier_nag"}
+        assert samples["plain"].shape == (50, 8, 8, 1) and samples["plain"].dtype == np.uint8
+        assert not np.array_equal(samples["plain"], samples["nag"])
+        assert not np.array_equal(samples["plain"], samples["classifier_nag"])
+        assert np.bincount(samples["labels"], minlength=10).tolist() == [5] * 10
+    conditions = json.loads((folder / "conditions.json").read_text())
+    assert conditions["sampling"]["num_steps"] == 2 and conditions["step"] == 6
+    # The estimator that guides is another one than the one that measures.
+    assert {path.name for path in (tmp_path / "w" / "estimator").iterdir()} == {"guide.json", "guide.npz"}
+
+
+def test_evaluate_into_another_folder_and_a_taken_name(finished: Path, runs, tmp_path: Path):
+    arguments = ["--mode=evaluate", f"--checkpoint={finished}", "--config.eval.name=mine", *FEW]
+    arguments.append("--config.eval.methods=('plain','nag')")
+    output, _ = runs.finish(tmp_path, *arguments)
+    assert folder_of(output, "report").exists()
+    metrics = tmp_path / "eval" / "step_6" / "mine" / "metrics.json"
+    assert set(json.loads(metrics.read_text())["methods"]) == {"plain", "nag"}
+    before = metrics.read_bytes()
+    _, errors = runs.finish(tmp_path, *arguments, "--config.sampling.nag_scale=3", expect=2)
+    assert "holds results under other conditions: methods, sampling differ" in errors
+    assert metrics.read_bytes() == before
+
+
+def test_noise_shift_measures_against_the_forward_control(finished: Path, runs, tmp_path: Path):
+    arguments = ["--mode=noise_shift", f"--checkpoint={finished}", *FEW, "--config.sampling.num_steps=4"]
+    output, _ = runs.finish(tmp_path, *arguments, "--config.eval.methods=('plain','nag')")
+    folder = folder_of(output, "written")
+    shifts = json.loads((folder / "noise_shift.json").read_text())["methods"]
+    for shift in shifts.values():
+        for at_time in shift["shifts"]:
+            sampled, forward = at_time["sampled_answer"]["estimate"], at_time["forward_answer"]["estimate"]
+            assert at_time["raw_shift"]["estimate"] == pytest.approx(sampled - forward)
+    assert (folder / "noise_shift.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_library_loads_samples_and_measures(finished: Path):
+    denoiser = nag_jax.load(finished)
+    samples = nag_jax.sample(
+        denoiser, np.arange(10), seed=0, num_steps=3, guidance=nag_jax.guidance.cfg(1.5) + nag_jax.guidance.nag(1.0)
+    )
+    assert samples.x.shape == (10, 8, 8, 1) and samples.evaluations_per_image == 9
+    images = nag_jax.to_uint8(np.asarray(samples.x))
+    assert images.dtype == np.uint8
+    raw = nag_jax.load(finished, weights="params")
+    plain, trained = (nag_jax.sample(d, np.arange(4), seed=0, num_steps=2).x for d in (denoiser, raw))
+    assert not np.array_equal(plain, trained)
+
+
+def test_loading_says_what_is_missing(finished: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="no folder of a trained network"):
+        nag_jax.load(tmp_path)
+    with pytest.raises(UserError, match="no parameters 'long'. It has: ema, params"):
+        nag_jax.load(finished, weights="long")
+
+
+def test_imagenet_smoke_runs_the_same_code(runs, tmp_path: Path):
+    arguments = ["--config=configs/imagenet256.py:dit_xl2,nag,smoke", "--config.eval.methods=('plain','nag')"]
+    output, _ = runs.finish(tmp_path, *arguments)
+    report = folder_of(output, "report").read_text()
+    assert "imagenet2012" in report
+    (metrics,) = (tmp_path / "eval" / "step_4").glob("*/metrics.json")
+    assert json.loads(metrics.read_text())["methods"]["nag"]["evaluations_per_image"] == 8

@@ -1,0 +1,154 @@
+"""The main job end to end: what it writes, that it resumes bit for bit after any interruption, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from nag_jax.checkpoint import Checkpoints
+from nag_jax.config import Config, from_config_dict
+from nag_jax.errors import TrainingDivergedError
+from nag_jax.jobs import train
+from nag_jax.metric_writer import read_metrics
+
+# A run that takes a few seconds of steps, long enough to be interrupted, and evaluates nothing.
+LONG = ["--config.num_steps=400", "--config.checkpoint.every_steps=40", "--config.log.every_steps=10"]
+TRAIN_ONLY = [*LONG, "--config.eval.methods=()", "--config.optimizer.learning_rate=0.001"]
+
+
+def saved_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path."""
+    arrays: dict[str, np.ndarray] = {}
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        for name in ("params", "ema", "training"):
+            tree = checkpoints._manager.restore(step)[name] if name == "training" else checkpoints.restore_params(name, step)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                arrays[f"{name}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+    return arrays
+
+
+def losses(workdir: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in read_metrics(workdir)]
+
+
+def test_a_finished_run_has_everything(finished: Path):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "config.json",
+        "model.json",
+        "environment.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "tensorboard",
+        "estimator",
+        "features",
+        "eval",
+        "report.html",
+    }
+    (folder,) = (finished / "eval" / "step_6").iterdir()
+    assert {path.name for path in folder.iterdir()} == {
+        "conditions.json",
+        "metrics.json",
+        "samples.png",
+        "noise_shift.json",
+        "noise_shift.png",
+    }
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics["methods"]) == {"plain", "cfg", "nag", "cfg+nag"}
+    # Heun with 3 steps makes 5 evaluations of each branch.
+    evaluations = {name: method["evaluations_per_image"] for name, method in metrics["methods"].items()}
+    assert evaluations == {"plain": 5, "cfg": 10, "nag": 10, "cfg+nag": 15}
+    for method in metrics["methods"].values():
+        low, high = method["interval"]
+        assert 0.0 <= low <= high and np.isfinite(method["frechet_distance"])
+
+
+def test_metrics_record_both_dropouts_and_loss_by_level(finished: Path):
+    (last,) = [line for line in read_metrics(finished) if line["step"] == 6]
+    assert {"dropped/label", "dropped/noise", "loss/noise_kept", "grad_norm", "learning_rate"} <= set(last)
+    assert any(name.startswith("loss_by_level/") for name in last)
+
+
+def test_a_finished_folder_rebuilds_its_report_and_nothing_else(finished: Path, runs):
+    report = finished / "report.html"
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.suffix in (".npz", ".json", ".png")}
+    content = report.read_bytes()
+    report.unlink()
+    runs.finish(finished)
+    assert report.read_bytes() == content
+    assert {p: p.stat().st_mtime_ns for p in before if "config.json" not in p.name and "model.json" not in p.name} == {
+        p: t for p, t in before.items() if "config.json" not in p.name and "model.json" not in p.name
+    }
+
+
+def test_another_configuration_is_refused_and_nothing_is_touched(finished: Path, runs):
+    config = (finished / "config.json").read_bytes()
+    _, errors = runs.finish(finished, "--config.model.depth=2", "--config.seed=5", expect=2)
+    assert "model.depth was 1, is 2; seed was 0, is 5" in errors and "Traceback" not in errors
+    assert (finished / "config.json").read_bytes() == config
+
+
+def test_interrupted_by_ctrl_c_sigterm_and_kill_it_ends_as_if_never_interrupted(runs, tmp_path: Path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    runs.finish(whole, *TRAIN_ONLY)
+
+    def reached(step: int):
+        return lambda: any(line["step"] >= step for line in read_metrics(broken))
+
+    def saved(step: int):
+        return lambda: (broken / "checkpoints" / str(step)).is_dir()
+
+    said = runs.interrupt(broken, signal.SIGINT, reached(20), *TRAIN_ONLY)
+    assert "Stopped at step" in said and "Traceback" not in said
+    stopped_at = max(line["step"] for line in read_metrics(broken))
+    assert (broken / "checkpoints" / str(stopped_at)).is_dir()
+    said = runs.interrupt(broken, signal.SIGTERM, reached(stopped_at + 20), *TRAIN_ONLY)
+    assert "Stopped at step" in said
+    stopped_at = max(line["step"] for line in read_metrics(broken))
+    next_save = 40 * (stopped_at // 40 + 2)
+    runs.interrupt(broken, signal.SIGKILL, saved(next_save), *TRAIN_ONLY)
+    runs.finish(broken, *TRAIN_ONLY)
+
+    expected, found = saved_arrays(whole, 400), saved_arrays(broken, 400)
+    assert expected.keys() == found.keys() and len(expected) > 50
+    for path in expected:
+        np.testing.assert_array_equal(found[path], expected[path], err_msg=path)
+    by_step = {line["step"]: line for line in losses(whole)}
+    shared = [line for line in losses(broken) if line["step"] in by_step]
+    assert len(shared) >= 30
+    # A line averages the steps since the last one; those that begin at an interruption average fewer.
+    whole_intervals = [line for before, line in zip(losses(broken), losses(broken)[1:], strict=False)
+                       if line["step"] - before["step"] == 10]
+    for line in whole_intervals:
+        assert line == by_step[line["step"]]
+
+
+def tiny_config(**changes: object) -> Config:
+    import runpy
+
+    root = Path(__file__).resolve().parent.parent.parent
+    config = runpy.run_path(str(root / "configs" / "digits.py"))["get_config"]("smoke")
+    config.eval.methods = ()
+    with config.unlocked():
+        for key, value in changes.items():
+            section, _, name = key.rpartition("__")
+            config[section][name] = value
+    return from_config_dict(config)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(runs, tmp_path: Path):
+    config = tiny_config(optimizer__learning_rate=1e30, optimizer__clip_norm=0.0, data__data_dir=str(runs.data_dir))
+    from etils import epath
+
+    with pytest.raises(TrainingDivergedError, match=r"The loss of step \d+ is (nan|inf).*checkpoint"):
+        train.run(config, epath.Path(tmp_path / "run"))
+    # Nothing that is not finite was saved.
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        for step in checkpoints.steps():
+            for leaf in jax.tree.leaves(checkpoints.restore_params("params", step)):
+                assert np.isfinite(leaf).all()
