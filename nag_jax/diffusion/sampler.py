@@ -21,8 +21,18 @@ import numpy as np
 
 from nag_jax.denoiser import Denoiser, Params, Prediction
 from nag_jax.diffusion import guidance as guidance_tables
+from nag_jax.diffusion.call_plan import (
+    Layout,
+    call_rows,
+    check_guidance,
+    check_labels,
+    check_mixing,
+    check_networks,
+    layout_of,
+    observed_rows,
+)
 from nag_jax.diffusion.corrections import Correction
-from nag_jax.diffusion.guidance import MODEL, Branch, Guidance
+from nag_jax.diffusion.guidance import MODEL, Guidance
 from nag_jax.diffusion.process import expand_like
 from nag_jax.diffusion.stepping import Euler, GuidedPrediction, Stepper
 from nag_jax.diffusion.time_posterior import Estimator, TimePosterior
@@ -32,22 +42,6 @@ from nag_jax.errors import UserError
 NUM_POSTERIOR_NODES = 7
 
 Observer = Callable[[Params, jax.Array, jax.Array], Any]
-
-
-class Calls(NamedTuple):
-    """`num_slots` calls of one network within one row, run as one batch."""
-
-    network: str
-    is_posterior: bool
-    num_slots: int
-
-    @property
-    def key(self) -> str:
-        """The name of these calls' slots in a row."""
-        return f"{self.network} posterior" if self.is_posterior else self.network
-
-
-Layout = tuple[Calls, ...]
 
 
 class Samples(NamedTuple):
@@ -118,18 +112,8 @@ class Sampler:
         self.denoiser = denoiser
         all_networks = {MODEL: denoiser, **(networks or {})}
         for name, guidance in guidances.items():
-            _check_guidance(name, guidance, all_networks, estimator)
-        for name, network in all_networks.items():
-            if network.process != denoiser.process:
-                raise UserError(
-                    f"Network {name!r} was made for {network.process}, the sampled one for {denoiser.process}. "
-                    "Guidance mixes predictions at the same noise level: use networks of one process."
-                )
-            if network.sample_shape != denoiser.sample_shape:
-                raise UserError(
-                    f"Network {name!r} predicts states of shape {network.sample_shape}, the sampled one of shape "
-                    f"{denoiser.sample_shape}. Guidance needs networks of one shape."
-                )
+            check_guidance(name, guidance, all_networks, estimator)
+        check_networks(denoiser, all_networks)
         if corrections and estimator is None:
             raise UserError("A correction needs a time posterior: pass `estimator`.")
 
@@ -137,15 +121,15 @@ class Sampler:
         times = step_rows["t"]
         for kind in stepper.needs(denoiser.process):
             denoiser.process.check_conversion(times, denoiser.prediction, kind)
-        observed = _observed_rows(step_rows, observe_times) if observer is not None else np.zeros(len(times), bool)
+        observed = observed_rows(step_rows, observe_times) if observer is not None else np.zeros(len(times), bool)
         self.observed_times = times[observed]
 
         tables = {
             name: guidance.tables(times, denoiser.sample_shape[-1]) for name, guidance in guidances.items()
         }
         for name in tables:
-            _check_mixing(denoiser, all_networks, times, tables[name])
-        row_layouts = {name: [_layout(table) for table in tables[name]] for name in tables}
+            check_mixing(denoiser, all_networks, times, tables[name])
+        row_layouts = {name: [layout_of(table) for table in tables[name]] for name in tables}
         layouts = tuple(sorted({layout for rows in row_layouts.values() for layout in rows}))
         shared_rows = {
             "step": step_rows,
@@ -154,7 +138,7 @@ class Sampler:
             "corrections": [correction.weights(times) for correction in corrections],
         }
         self._rows: dict[str, Any] = {
-            name: shared_rows | _call_rows(tables[name], row_layouts[name], layouts) for name in tables
+            name: shared_rows | call_rows(tables[name], row_layouts[name], layouts) for name in tables
         }
         self.evaluations_per_image = {
             name: sum(
@@ -200,7 +184,7 @@ class Sampler:
         Returns:
             The samples.
         """
-        _check_labels(labels, self.denoiser.num_classes)
+        check_labels(labels, self.denoiser.num_classes)
         states_shape = (len(labels), *self.denoiser.sample_shape)
         if np.shape(indices) != states_shape[:1]:
             raise UserError(f"indices has shape {np.shape(indices)}; one index for each of {len(labels)} labels.")
@@ -365,7 +349,7 @@ def _mix(
         network, network_params = networks[calls.network], params["networks"][calls.network]
         slot = {name: values[: calls.num_slots] for name, values in slots[calls.key].items()}
         if calls.is_posterior:
-            assert base is not None  # _layout puts the base branch, which is never a posterior one, first.
+            assert base is not None  # layout_of puts the base branch, which is never a posterior one, first.
             guided = GuidedPrediction(model.process, model.prediction, x, t, base.value, None)
             ask = functools.partial(_posterior_null, program, network, network_params, params["posterior"], guided)
             values = jnp.stack([ask(labels, drop_label) for drop_label in slot["drop_label"]])
@@ -416,7 +400,7 @@ def _posterior_null(
     It is returned as a prediction of the base's kind, by way of its difference to the base's score, which stays regular
     where a score alone does not determine a velocity.
     """
-    assert program.posterior is not None  # _check_guidance has seen the estimator.
+    assert program.posterior is not None  # check_guidance has seen the estimator.
     x, process = base.x, base.process
     nodes, weights = program.posterior.quadrature(posterior_params, x, program.num_posterior_nodes)
     dropped = jnp.broadcast_to(drop_label, labels.shape)
@@ -431,113 +415,3 @@ def _posterior_null(
     null_score, _ = jax.lax.scan(add_node, jnp.zeros_like(x), (nodes, weights))
     difference = null_score - base.read_as("score")
     return base.value + process.score_difference(difference, base.t, base.kind)
-
-
-def _layout(table: Mapping[Branch, np.ndarray]) -> Layout:
-    """Which calls the branches of a table make; the base's network stands first."""
-    counts: dict[tuple[str, bool], int] = {}
-    for branch in table:
-        group = (branch.network, branch.noise == "posterior")
-        counts[group] = counts.get(group, 0) + 1
-    return tuple(Calls(network, is_posterior, count) for (network, is_posterior), count in counts.items())
-
-
-def _call_rows(
-    tables: Sequence[Mapping[Branch, np.ndarray]], row_layouts: Sequence[Layout], layouts: tuple[Layout, ...]
-) -> dict[str, Any]:
-    """The calls of every row as arrays: {"layout": [R], "calls": {key: {"weight": [R, slots, channels], ...}}}."""
-    num_channels = len(next(iter(tables[0].values())))
-    num_slots: dict[str, int] = {}
-    for layout in layouts:
-        for calls in layout:
-            num_slots[calls.key] = max(num_slots.get(calls.key, 0), calls.num_slots)
-    slots = {
-        key: {
-            "drop_label": np.zeros((len(tables), count), bool),
-            "drop_noise": np.zeros((len(tables), count), bool),
-            "time_shift": np.zeros((len(tables), count)),
-            "weight": np.zeros((len(tables), count, num_channels)),
-        }
-        for key, count in num_slots.items()
-    }
-    for row, table in enumerate(tables):
-        used = dict.fromkeys(num_slots, 0)
-        for branch, weight in table.items():
-            key = Calls(branch.network, branch.noise == "posterior", 0).key
-            slot = used[key]
-            used[key] += 1
-            slots[key]["drop_label"][row, slot] = branch.drop_label
-            slots[key]["drop_noise"][row, slot] = branch.noise == "null"
-            slots[key]["time_shift"][row, slot] = branch.time_shift
-            slots[key]["weight"][row, slot] = weight
-    layout_index = np.array([layouts.index(layout) for layout in row_layouts], np.int32)
-    return {"layout": layout_index, "calls": slots}
-
-
-def _observed_rows(rows: Mapping[str, np.ndarray], observe_times: Sequence[float] | None) -> np.ndarray:
-    """True at the rows to observe [R]; only rows whose state is a state of the path."""
-    candidates = np.flatnonzero(rows["start"] > 0.5)
-    observed = np.zeros(len(rows["t"]), bool)
-    if observe_times is None:
-        observed[candidates] = True
-    else:
-        for t in observe_times:
-            observed[candidates[np.argmin(np.abs(rows["t"][candidates] - t))]] = True
-    return observed
-
-
-def _check_guidance(
-    name: str, guidance: Guidance, networks: Mapping[str, Denoiser], estimator: Estimator | None
-) -> None:
-    if guidance.base.noise == "posterior":
-        raise UserError(f"Guidance {name!r} has a posterior branch as its base; the base must be a network call.")
-    for branch in guidance.branches:
-        if branch.network not in networks:
-            raise UserError(
-                f"Guidance {name!r} needs the network {branch.network!r}: pass it in "
-                f"`networks`. Known: {', '.join(networks)}."
-            )
-        network = networks[branch.network]
-        if branch.drop_label and not network.has_null_label:
-            raise UserError(f"Guidance {name!r} drops the class, but network {branch.network!r} has no null class.")
-        if branch.noise == "null" and not network.has_null_noise:
-            raise UserError(
-                f"Guidance {name!r} drops the noise level, but network {branch.network!r} was not trained with "
-                "noise-condition dropout. Train it so, or use nag(..., null='posterior') with an estimator."
-            )
-        if branch.noise == "posterior" and estimator is None:
-            raise UserError(f"Guidance {name!r} has a posterior null branch: pass `estimator`.")
-
-
-        if not branch.drop_label and network.num_classes != networks[MODEL].num_classes:
-            raise UserError(
-                f"Guidance {name!r} asks network {branch.network!r} for a class, but it has {network.num_classes} "
-                f"classes and the sampled one has {networks[MODEL].num_classes}."
-            )
-
-
-def _check_mixing(
-    denoiser: Denoiser,
-    networks: Mapping[str, Denoiser],
-    times: np.ndarray,
-    tables: Sequence[Mapping[Branch, np.ndarray]],
-) -> None:
-    """Refuses rows that mix predictions of another kind where it does not determine the sampled denoiser's kind."""
-    for t, table in zip(times, tables, strict=True):
-        for branch in table:
-            # The posterior branch adds a difference of scores, which stays regular.
-            if branch.noise != "posterior":
-                denoiser.process.check_conversion(t, networks[branch.network].prediction, denoiser.prediction)
-
-
-def _check_labels(labels: np.ndarray | jax.Array, num_classes: int) -> None:
-    host = np.asarray(labels)
-    if host.ndim != 1 or host.size == 0:
-        raise UserError(f"labels must be a non-empty list of classes, got shape {host.shape}.")
-    if not np.issubdtype(host.dtype, np.integer):
-        raise UserError(f"labels must be integers, got {host.dtype}.")
-    if host.min() < 0 or host.max() >= num_classes:
-        raise UserError(
-            f"labels must lie in [0, {num_classes}), got {host.min()} to {host.max()}. The null class is reached "
-            "through guidance, never as a label."
-        )

@@ -79,8 +79,18 @@ class Stepper(Protocol):
         ...
 
 
+class SingleStep:
+    """A stepper that remembers nothing but the state: the carry is the state."""
+
+    def init(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def state(self, carry: jax.Array) -> jax.Array:
+        return carry
+
+
 @dataclasses.dataclass(frozen=True)
-class Euler:
+class Euler(SingleStep):
     """Euler's method on the probability-flow ODE, in the variables in which the process is regular.
 
     On the linear and GVP paths these are x and t, dx = v dt. On the DDPM process they are x/alpha and sigma/alpha,
@@ -99,12 +109,6 @@ class Euler:
 
     def schedule(self, process: Process, num_steps: int) -> Rows:
         return _ode_rows(process, process.time_grid(num_steps, self.t_max, self.t_min))
-
-    def init(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def state(self, carry: jax.Array) -> jax.Array:
-        return carry
 
     def advance(
         self, carry: jax.Array, prediction: GuidedPrediction, row: Row, noise: jax.Array | None
@@ -176,7 +180,7 @@ def _ode_rows(process: Process, grid: np.ndarray) -> Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class EulerMaruyama:
+class EulerMaruyama(SingleStep):
     """Euler-Maruyama on the reverse SDE dx = (v - w/2 score) dt + sqrt(w) dW with w = 2 sigma, SiT's sampler.
 
     The grid is linspace(1, last_step, num_steps); the last evaluation makes a step of `last_step` along the mean, with
@@ -206,12 +210,6 @@ class EulerMaruyama:
         noise[-1] = 0.0
         return {"t": t, "t_next": t_next, "start": np.ones_like(t), "step": t_next - t, "noise": noise}
 
-    def init(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def state(self, carry: jax.Array) -> jax.Array:
-        return carry
-
     def advance(
         self, carry: jax.Array, prediction: GuidedPrediction, row: Row, noise: jax.Array | None
     ) -> jax.Array:
@@ -222,7 +220,7 @@ class EulerMaruyama:
 
 
 @dataclasses.dataclass(frozen=True)
-class DDIM:
+class DDIM(SingleStep):
     """DDIM, x_next = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z (arXiv 2010.02502, equation 12).
 
     Attributes:
@@ -261,12 +259,6 @@ class DDIM:
             "noise": deviation,
         }
 
-    def init(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def state(self, carry: jax.Array) -> jax.Array:
-        return carry
-
     def advance(
         self, carry: jax.Array, prediction: GuidedPrediction, row: Row, noise: jax.Array | None
     ) -> jax.Array:
@@ -275,7 +267,7 @@ class DDIM:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ancestral:
+class Ancestral(SingleStep):
     """DDPM's ancestral sampler: x_next ~ q(x_next | x, x_0) with the learned variance where the network has one.
 
     Attributes:
@@ -310,12 +302,6 @@ class Ancestral:
             "is_noisy": is_noisy.astype(np.float64),
             **coefficients._replace(log_variance_min=log_variance_min)._asdict(),
         }
-
-    def init(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def state(self, carry: jax.Array) -> jax.Array:
-        return carry
 
     def advance(
         self, carry: jax.Array, prediction: GuidedPrediction, row: Row, noise: jax.Array | None
