@@ -87,7 +87,7 @@ def prepare(experiment: Experiment, params: Params, role: Role) -> tuple[Estimat
     estimator = make_estimator(model, trained)
     calibration = calibrate(estimator, process, experiment.eval_arrays[0], seed=config.eval.seed)
     save_estimator(folder, role, trained, calibration, conditions)
-    experiment.add_to_environment(seconds={f"estimator ({role})": time.perf_counter() - start})
+    experiment.add_seconds(**{f"estimator ({role})": time.perf_counter() - start})
     return estimator, calibration
 
 

@@ -66,11 +66,17 @@ class Experiment:
         return jax.device_put(params, param_shardings(self.mesh, params))
 
     def add_to_environment(self, **entries: Any) -> None:
-        """Adds entries to the work folder's environment.json; "seconds" is merged by stage."""
+        """Puts entries, and where this process runs, into the work folder's environment.json."""
         path = self.workdir / ENVIRONMENT_FILE
         known = storage.read_json(path) if path.exists() else {}
-        seconds = known.get("seconds", {}) | entries.pop("seconds", {})
-        storage.write_json(path, known | environment() | entries | {"seconds": seconds})
+        storage.write_json(path, known | environment() | entries)
+
+    def add_seconds(self, **stages: float) -> None:
+        """Adds to the wall time of stages in environment.json; an interrupted and resumed stage adds up."""
+        path = self.workdir / ENVIRONMENT_FILE
+        known = storage.read_json(path).get("seconds", {}) if path.exists() else {}
+        sums = {name: known.get(name, 0.0) + seconds for name, seconds in stages.items()}
+        self.add_to_environment(seconds=known | sums)
 
 
 def open_experiment(config: Config, workdir: epath.PathLike, checkpoint: epath.PathLike | None = None) -> Experiment:

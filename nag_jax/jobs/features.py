@@ -47,5 +47,5 @@ def prepare(experiment: Experiment) -> tuple[FeatureNet, float | None]:
         )
     save_feature_net(folder / "features.npz", feature_net)
     storage.write_json(description, {"made_with": made_with, "held_out_accuracy": accuracy})
-    experiment.add_to_environment(seconds={"feature classifier": time.perf_counter() - start})
+    experiment.add_seconds(**{"feature classifier": time.perf_counter() - start})
     return feature_net, accuracy

@@ -129,7 +129,6 @@ def check_same_parameters(params: Any, expected: Any, source: str) -> None:
 def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, shardings: Any) -> TrainState:
     """The training loop, from `state.step` to `config.num_steps`."""
     config, mesh, workdir = experiment.config, experiment.mesh, experiment.workdir
-    is_main = jax.process_index() == 0
     is_pmap = config.parallel.mode == "pmap"
     step_function = make_train_step(
         experiment.description.denoiser(),
@@ -159,7 +158,7 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    writer = MetricWriter(workdir, first_step) if is_main else None
+    writer = MetricWriter(workdir, first_step) if jax.process_index() == 0 else None
     unread: list[Any] = []  # metrics of the steps since the last log step, still on the devices
     seconds = {"compile": 0.0, "training": 0.0}
     log_start, log_step = time.perf_counter(), first_step
@@ -177,7 +176,9 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
                 seconds["compile"] = time.perf_counter() - log_start
                 log_start, log_step = time.perf_counter(), step
 
-            is_last = step == config.num_steps or bool(stop)
+            # Asked once: a signal that comes later in this round is seen in the next one, after a save.
+            is_stopped = bool(stop)
+            is_last = step == config.num_steps or is_stopped
             is_saved = step % config.checkpoint.every_steps == 0 or is_last
             is_evaluated = config.eval.every_steps > 0 and step % config.eval.every_steps == 0 and not is_last
             if step % config.log.every_steps == 0 or is_saved or is_evaluated:
@@ -198,23 +199,22 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
             if is_evaluated:
                 evaluate.evaluate(experiment, sampling_params(config, state), step=step)
                 log_start = time.perf_counter()
-            if stop:
+            if is_stopped:
                 break
     batches.close()
-    if writer is not None:
-        writer.close()
-    if stop:
-        checkpoints.close()
-        raise Stopped(stop, f"Stopped at step {int(state.step)}; saved. The same command goes on from there.")
     with stage("saving the last checkpoint"):
         checkpoints.wait()
-    if is_main:
+    if writer is not None:
+        writer.close()
         network = {name: leaf for name, leaf in state.params.items() if name != NULL_NOISE_EMBEDDING}
         counts = {
             "network": sum(leaf.size for leaf in jax.tree.leaves(network)),
             "null_noise_embedding": state.params[NULL_NOISE_EMBEDDING].size,
         }
-        experiment.add_to_environment(parameters=counts, seconds=seconds)
+        experiment.add_to_environment(parameters=counts)
+        experiment.add_seconds(**seconds)
+    if int(state.step) < config.num_steps:
+        raise Stopped(stop, f"Stopped at step {int(state.step)}; saved. The same command goes on from there.")
     return state
 
 
