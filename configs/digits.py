@@ -19,8 +19,8 @@ def get_config(options: str = "") -> ml_collections.ConfigDict:
     chosen = choose_options(options, ("smoke",))
     config = defaults()
 
-    config.batch_size = 128
-    config.num_steps = 700
+    config.batch_size = 64
+    config.num_steps = 1000
 
     config.data.name = "digits"
     config.data.image_size = 8
@@ -39,7 +39,7 @@ def get_config(options: str = "") -> ml_collections.ConfigDict:
     config.optimizer.warmup_steps = 50
     config.optimizer.clip_norm = 1.0
     config.ema.ema.decay = 0.99
-    config.checkpoint.every_steps = 200
+    config.checkpoint.every_steps = 250
     config.log.every_steps = 25
 
     config.sampling.stepper = "heun"
