@@ -30,8 +30,8 @@ from nag_jax.errors import UserError
 PredictionKind: TypeAlias = Literal["velocity", "noise", "data", "score"]
 PREDICTION_KINDS: tuple[PredictionKind, ...] = ("velocity", "noise", "data", "score")
 
-# A score difference turns into a velocity difference with a factor that grows like 1/alpha and has no limit where
-# alpha = 0. Past this time the factor of this time is used (a choice of ours; the paper does not say).
+# A score difference turns into a velocity difference with a factor sigma/alpha, which has no limit where alpha = 0. Past
+# this time of a continuous process that ratio stays what it is at this time (a choice of ours; the paper does not say).
 LARGEST_REGULAR_TIME = 0.95
 
 
@@ -190,15 +190,26 @@ class Process(abc.ABC):
             )
 
     def score_difference(self, difference: jax.Array, t: jax.Array, target: PredictionKind) -> jax.Array:
-        """Turns a difference of scores [B, ...] at times `t` [B] into a difference of `target` predictions.
+        """Turns a difference of scores ds [B, ...] at times `t` [B] into a difference of `target` predictions.
 
-        Noise: -sigma ds. Velocity: -sigma (sigma' - alpha' sigma / alpha) ds. Past LARGEST_REGULAR_TIME the factor of
-        that time is used.
+        d eps = -sigma ds, dx_0 = (sigma^2 / alpha) ds, dv = -(sigma D / alpha) ds. Past LARGEST_REGULAR_TIME of a
+        continuous process the ratio sigma / alpha is held, in all kinds alike: the difference fades out towards pure
+        noise instead of growing without bound in a velocity. A discrete process keeps alpha > 0 and is not changed.
         """
-        # A discrete process keeps alpha > 0 at all its levels.
-        largest = LARGEST_REGULAR_TIME if self.num_levels is None else 1.0
-        _, b = self.conversion(jnp.minimum(jnp.asarray(t), largest), "score", target)
-        return expand_like(b, difference) * difference
+        t = jnp.asarray(t)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        if self.num_levels is None:
+            end = np.float64(LARGEST_REGULAR_TIME)
+            ratio = sigma / jnp.maximum(alpha, sigma * float(self.alpha(end) / self.sigma(end)))
+        else:
+            ratio = sigma / alpha
+        factors = {
+            "noise": -alpha * ratio,
+            "data": sigma * ratio,
+            "velocity": -self._determinant(t) * ratio,
+            "score": alpha * ratio / sigma,
+        }
+        return expand_like(factors[target], difference) * difference
 
     def _determinant(self, t: Any) -> Any:
         return self.alpha(t) * self.sigma_dot(t) - self.alpha_dot(t) * self.sigma(t)

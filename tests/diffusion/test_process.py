@@ -140,20 +140,37 @@ def test_euler_step_on_the_linear_path_is_ddim() -> None:
 
 
 @by_process
-@pytest.mark.parametrize("target", ["velocity", "noise", "data"])
+@pytest.mark.parametrize("target", ["velocity", "noise", "data", "score"])
 def test_score_difference_is_the_difference_of_converted_scores(process: Process, target) -> None:
     with jax.enable_x64(True):
-        t = jnp.array([0.01, 0.4, 0.99])
+        t = jnp.array([0.01, 0.4, 0.94])
         x, values = true_predictions(process, t)
         first, second = values["score"], 0.3 * values["score"] + 1.0
         expected = process.convert(first, x, t, "score", target) - process.convert(second, x, t, "score", target)
         np.testing.assert_allclose(process.score_difference(first - second, t, target), expected, rtol=1e-10)
 
 
-def test_score_difference_stays_finite_at_pure_noise() -> None:
-    ones = jnp.ones((1, 2))
-    end = Linear().score_difference(ones, jnp.ones(1), "velocity")
-    np.testing.assert_allclose(end, -LARGEST_REGULAR_TIME / (1 - LARGEST_REGULAR_TIME), rtol=1e-3)
+@pytest.mark.parametrize("process", [Linear(), GVP()], ids=["linear", "gvp"])
+def test_score_differences_fade_towards_pure_noise_in_all_kinds_alike(process: Process) -> None:
+    with jax.enable_x64(True):
+        ones = jnp.ones((1, 2))
+        end = process.sigma(LARGEST_REGULAR_TIME) / process.alpha(LARGEST_REGULAR_TIME)
+        for time in (0.97, 0.999):
+            t = jnp.array([time])
+            score = process.score_difference(ones, t, "score")
+            np.testing.assert_allclose(score, end * process.alpha(t) / process.sigma(t) * ones, rtol=1e-12)
+            for kind in ("velocity", "noise", "data"):
+                expected = process.conversion(t, "score", kind)[1] * score
+                np.testing.assert_allclose(process.score_difference(ones, t, kind), expected, rtol=1e-9)
+        at_noise = process.score_difference(ones, jnp.ones(1), "velocity")
+        np.testing.assert_allclose(at_noise, -process._determinant(1.0) * end, rtol=1e-12)
+
+
+def test_a_discrete_process_keeps_its_score_differences_to_the_last_level() -> None:
+    t = jnp.ones(1)
+    _, factor = DDPM().conversion(t, "score", "velocity")
+    difference = DDPM().score_difference(jnp.ones((1, 2)), t, "velocity")
+    np.testing.assert_allclose(difference, factor[:, None] * np.ones((1, 2)), rtol=1e-6)
 
 
 def test_ddpm_levels_are_those_of_the_cumulative_product() -> None:

@@ -20,8 +20,15 @@ def folder_of(output: str, word: str) -> Path:
 
 
 def test_sample_writes_pictures_arrays_and_conditions(finished: Path, runs, tmp_path: Path):
-    methods = "--config.eval.methods=('plain','nag','classifier_nag')"
-    output, _ = runs.finish(tmp_path / "w", "--mode=sample", f"--checkpoint={finished}", methods, *FEW)
+    # A hardly trained network needs a large weight for one byte of an image to change.
+    arguments = [
+        "--mode=sample",
+        f"--checkpoint={finished}",
+        "--config.eval.methods=('plain','nag','classifier_nag')",
+        "--config.sampling.weights=params",
+        "--config.sampling.nag_scale=300",
+    ]
+    output, _ = runs.finish(tmp_path / "w", *arguments, *FEW)
     folder = folder_of(output, "written")
     assert folder.parent == tmp_path / "w" / "samples"
     with np.load(folder / "samples.npz") as samples:
