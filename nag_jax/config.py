@@ -115,6 +115,19 @@ class NoiseShiftConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """The grid of guidance weights that `--mode=compare` samples with, every pair of the two lists.
+
+    Attributes:
+        cfg_scales: scales of classifier-free guidance, off at 1.
+        nag_scales: scales of Noise Awareness Guidance, the paper's w, off at 0.
+    """
+
+    cfg_scales: tuple[float, ...] = (1.0, 1.5)
+    nag_scales: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run.
 
@@ -125,7 +138,7 @@ class Config:
         init_from: a training folder whose parameters training starts from; "" starts afresh.
         model, process, objective, data, optimizer, checkpoint, parallel, log: see their classes.
         ema: averages of the parameters by name.
-        sampling, eval, noise_shift: see their classes.
+        sampling, eval, noise_shift, compare: see their classes.
         estimator: training of the noise-level estimator.
         features: training of the classifier whose features the Fréchet distance uses.
     """
@@ -146,6 +159,7 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
     eval: EvalConfig = EvalConfig()
     noise_shift: NoiseShiftConfig = NoiseShiftConfig()
+    compare: CompareConfig = CompareConfig()
     estimator: EstimatorConfig = EstimatorConfig()
     features: FeatureClassifierConfig = FeatureClassifierConfig()
 

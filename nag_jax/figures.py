@@ -1,4 +1,4 @@
-"""The figures of a report, as PNG bytes: sample grids, losses and Fréchet distances. What they show is not judged here.
+"""The figures of reports and of comparisons, as PNG bytes. What they show is not judged here.
 
 Drawn with matplotlib's object interface on the Agg canvas, so nothing global changes and no display is needed. The
 noise-shift figure is `noise_shift/figure.py`'s.
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from nag_jax.errors import UserError
+from nag_jax.noise_shift.figure import COLOURS, LINES, MARKERS
 
 MAX_GRID_CLASSES = 10
 
@@ -30,6 +31,9 @@ _DPI = 180
 _FULL_WIDTH, _HALF_WIDTH = 9.2, 5.0
 # Sides in pixels that a grid's images are brought to, by whole factors: small ones grow, large ones shrink.
 _SMALLEST_CELL, _LARGEST_CELL = 48, 128
+# The distance between two sets of real images: a line, and its interval.
+_FLOOR_LINE: dict[str, Any] = {"color": MUTED, "linewidth": 1.3, "linestyle": (0, (4, 2))}
+_FLOOR_SPAN: dict[str, Any] = {"color": MUTED, "alpha": 0.18, "linewidth": 0}
 _GAP, _BLOCK_GAP, _MARGIN, _TITLE_HEIGHT, _LABEL_WIDTH = 2, 28, 12, 44, 40
 
 
@@ -187,8 +191,8 @@ def frechet_figure(metrics: Mapping[str, Any]) -> bytes:
     if floor:
         low, high = map(_float, floor.get("interval") or (None, None))
         if np.isfinite([low, high]).all():
-            axes.axvspan(low, high, color=MUTED, alpha=0.18, linewidth=0)
-        axes.axvline(_float(floor["frechet_distance"]), color=MUTED, linewidth=1.3, linestyle=(0, (4, 2)))
+            axes.axvspan(low, high, **_FLOOR_SPAN)
+        axes.axvline(_float(floor["frechet_distance"]), **_FLOOR_LINE)
         axes.annotate(
             "real against real",
             (_float(floor["frechet_distance"]), 1),
@@ -209,16 +213,74 @@ def frechet_figure(metrics: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
+def compare_figure(comparison: Mapping[str, Any]) -> bytes:
+    """Fréchet distance and mean absolute calibrated noise shift over NAG's weight, a line for each scale of CFG.
+
+    Args:
+        comparison: the content of a comparison's compare.json: "entries" ("cfg_scale", "nag_scale",
+            "frechet_distance", "interval", "mean_absolute_shift"), "features" ("name") and, if measured, "floor".
+
+    Returns:
+        A PNG file.
+    """
+    figure = Figure(figsize=(_FULL_WIDTH, 3.8), dpi=_DPI, facecolor="white", layout="constrained")
+    left, right = figure.subplots(1, 2)
+    by_cfg: dict[float, list[Mapping[str, Any]]] = {}
+    for entry in sorted(comparison["entries"], key=lambda entry: (entry["cfg_scale"], entry["nag_scale"])):
+        by_cfg.setdefault(entry["cfg_scale"], []).append(entry)
+    spread = np.ptp([entry["nag_scale"] for entry in comparison["entries"]])
+    for index, (cfg_scale, entries) in enumerate(by_cfg.items()):
+        style: dict[str, Any] = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "linestyle": LINES[index % len(LINES)],
+            "label": f"CFG {cfg_scale:g}" + (" (off)" if cfg_scale == 1.0 else ""),
+        }
+        # Side by side, so that overlapping intervals stay readable.
+        offset = (index - 0.5 * (len(by_cfg) - 1)) * 0.012 * spread
+        x = np.array([entry["nag_scale"] for entry in entries]) + offset
+        distances = [(entry["frechet_distance"], *(entry["interval"] or (None, None))) for entry in entries]
+        shifts = [[entry["mean_absolute_shift"][end] for end in ("estimate", "low", "high")] for entry in entries]
+        _line_with_intervals(left, x, distances, style)
+        _line_with_intervals(right, x, shifts, style)
+    floor = comparison.get("floor")
+    if floor:
+        low, high = map(_float, floor.get("interval") or (None, None))
+        if np.isfinite([low, high]).all():
+            left.axhspan(low, high, **_FLOOR_SPAN)
+        left.axhline(_float(floor["frechet_distance"]), **_FLOOR_LINE, label="real against real")
+    left.set_ylabel(f"Fréchet distance on\n{comparison['features']['name']} features")
+    right.set_ylabel("mean absolute noise shift\n(calibrated, in units of t)")
+    for axes in (left, right):
+        _make_quiet(axes)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("nag_scale (0: off)")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _line_with_intervals(axes: Axes, x: np.ndarray, values: Sequence[Sequence[Any]], style: Mapping[str, Any]) -> None:
+    """A line through estimates with their intervals, from (estimate, low, high) at each of `x`; None leaves a gap."""
+    estimate, low, high = np.array([[_float(value) for value in triple] for triple in values]).T
+    ends = np.maximum([estimate - low, high - estimate], 0.0)
+    axes.errorbar(x, estimate, yerr=ends, markersize=4.5, linewidth=1.3, elinewidth=1.0, capsize=2, **style)
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of so many inches with one pair of quiet axes."""
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
+    _make_quiet(axes)
+    return figure, axes
+
+
+def _make_quiet(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=9)
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _png(figure: Figure) -> bytes:

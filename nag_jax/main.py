@@ -3,6 +3,7 @@
     python -m nag_jax.main                                       the digits example: train, evaluate, write a report
     python -m nag_jax.main --config=configs/imagenet256.py:sit_xl2,nag --workdir=DIR
     python -m nag_jax.main --mode=sample --checkpoint=runs/digits --config.sampling.nag_scale=2
+    python -m nag_jax.main --mode=compare --checkpoint=runs/digits      a grid of guidance weights on the same noise
 
 A config file names what a run fixes; --config.a.b=VALUE changes a key. Running the same command again goes on where the
 work folder stands, or rebuilds the report of a finished one.
@@ -23,7 +24,7 @@ from ml_collections import config_flags
 from nag_jax.errors import NagJaxError, UserError
 
 DEFAULT_CONFIG = "configs/digits.py"
-MODES = ("train", "sample", "evaluate", "noise_shift")
+MODES = ("train", "sample", "evaluate", "noise_shift", "compare")
 
 # No default here: ml_collections would read the default's file, and any wrong key, before errors can be explained.
 CONFIG = config_flags.DEFINE_config_file(
@@ -46,24 +47,24 @@ def main(arguments: list[str]) -> None:
 
     # Imported late, so that --help and a wrong flag answer at once.
     from nag_jax.config import from_config_dict, to_dict
-    from nag_jax.jobs import evaluate, noise_shift, sample, train
+    from nag_jax.jobs import compare, evaluate, noise_shift, sample, train
     from nag_jax.jobs.experiment import describe_experiment, open_experiment
 
     config = from_config_dict(CONFIG.value)
     workdir = epath.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"])))
     checkpoint = epath.Path(CHECKPOINT.value) if CHECKPOINT.value else workdir
-    evaluate.make_methods(config)
+    methods = (compare if MODE.value == "compare" else evaluate).make_methods(config)
     if DRY_RUN.value:
         experiment = open_experiment(config, workdir, None if MODE.value == "train" else checkpoint)
         print(json.dumps(to_dict(config), indent=2))
-        print(describe_experiment(experiment, MODE.value))
+        print(describe_experiment(experiment, MODE.value, methods))
         return
     if MODE.value == "train":
         print(f"report: {train.run(config, workdir)}", flush=True)
     elif MODE.value == "evaluate":
         print(f"report: {evaluate.run(config, workdir, checkpoint)}", flush=True)
     else:
-        job = sample if MODE.value == "sample" else noise_shift
+        job = {"sample": sample, "noise_shift": noise_shift, "compare": compare}[MODE.value]
         print(f"written: {job.run(config, workdir, checkpoint)}", flush=True)
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from nag_jax import figures
 from nag_jax.errors import UserError
+from nag_jax.noise_shift.figure import COLOURS
 
 NUM_INTERVALS = 4
 
@@ -44,6 +45,26 @@ def metrics(**floor: object) -> dict:
         "features": {"name": "digits-classifier"},
     }
     return result | floor
+
+
+def comparison(cfg_scales: tuple[float, ...] = (1.0, 1.5), **more: object) -> dict:
+    entries = [
+        {
+            "cfg_scale": cfg_scale,
+            "nag_scale": nag_scale,
+            "frechet_distance": 5.0 + (nag_scale - cfg_scale) ** 2,
+            "interval": [4.5 + (nag_scale - cfg_scale) ** 2, 5.5 + (nag_scale - cfg_scale) ** 2],
+            "mean_absolute_shift": {"estimate": 0.02, "low": 0.01, "high": 0.03},
+        }
+        for cfg_scale in cfg_scales
+        for nag_scale in (0.0, 1.0, 2.0)
+    ]
+    return {"entries": entries, "features": {"name": "digits-classifier"}} | more
+
+
+def has_colour(png: bytes, colour: str) -> bool:
+    wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return bool((decode(png) == wanted).all(axis=-1).any())
 
 
 def runs(row: np.ndarray, value: int) -> list[tuple[int, int]]:
@@ -131,10 +152,6 @@ def test_loss_figures_survive_missing_and_null_values() -> None:
 
 
 def test_both_conditions_are_drawn_apart() -> None:
-    def has_colour(png: bytes, colour: str) -> bool:
-        wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
-        return bool((decode(png) == wanted).all(axis=-1).any())
-
     for draw in (figures.loss_curve, figures.loss_by_level):
         assert has_colour(draw(metrics_lines()), figures.KEPT)
         assert has_colour(draw(metrics_lines()), figures.DROPPED)
@@ -155,3 +172,22 @@ def test_frechet_figure_draws_floor_and_missing_values() -> None:
     unknown = metrics(floor={"frechet_distance": 1.0, "interval": None})
     unknown["methods"]["nag"] = {"frechet_distance": None, "interval": [None, None]}
     decode(figures.frechet_figure(unknown))
+
+
+def test_compare_figure_has_a_line_for_each_cfg_scale_and_the_floor() -> None:
+    both, one = figures.compare_figure(comparison()), figures.compare_figure(comparison((1.0,)))
+    first, second = COLOURS[:2]
+    assert has_colour(both, first) and has_colour(both, second)
+    assert has_colour(one, first) and not has_colour(one, second)
+    with_floor = figures.compare_figure(comparison(floor={"frechet_distance": 1.0, "interval": None}))
+    assert decode(with_floor).shape == decode(both).shape and with_floor != both
+
+
+def test_compare_figure_survives_missing_values_and_many_lines() -> None:
+    many = comparison(tuple(1.0 + i for i in range(9)), floor={"frechet_distance": 1.0, "interval": [0.5, 1.5]})
+    many["entries"][0] |= {"frechet_distance": None, "interval": [None, None]}
+    many["entries"][1]["mean_absolute_shift"] = {"estimate": None, "low": None, "high": None}
+    decode(figures.compare_figure(many))
+    single = comparison((1.5,))
+    single["entries"] = single["entries"][:1]
+    decode(figures.compare_figure(single))

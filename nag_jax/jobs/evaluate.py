@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from nag_jax import loading, storage
-from nag_jax.checkpoint import Checkpoints
+from nag_jax import storage
 from nag_jax.config import Config, to_dict
 from nag_jax.data.images import to_float
 from nag_jax.denoiser import Params
@@ -25,7 +24,7 @@ from nag_jax.figures import sample_grid
 from nag_jax.jobs import features
 from nag_jax.jobs.drawing import Drawn, draw, sample_labels
 from nag_jax.jobs.estimators import Measuring, prepare_guiding, prepare_measuring
-from nag_jax.jobs.experiment import Experiment, open_experiment, sampling_conditions
+from nag_jax.jobs.experiment import Experiment, open_trained, sampling_conditions
 from nag_jax.jobs.methods import Method, make_method
 from nag_jax.metrics.features import FeatureNet
 from nag_jax.metrics.features import features as extract_features
@@ -39,13 +38,10 @@ GRID_IMAGES_PER_CLASS = 8
 
 def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Path:
     """Evaluates a trained network and returns the path of the report."""
-    experiment = open_experiment(config, workdir, checkpoint)
-    with Checkpoints(checkpoint / "checkpoints", read_only=True) as checkpoints:
-        step = checkpoints.latest_step()
-    params = loading.read_params(checkpoint, config.sampling.weights, step)
+    experiment, params, step = open_trained(config, workdir, checkpoint)
     if not (workdir / "config.json").exists():
         storage.write_json(workdir / "config.json", to_dict(config))
-    return evaluate_and_report(experiment, params, step=int(step or 0))
+    return evaluate_and_report(experiment, params, step=step)
 
 
 def evaluate_and_report(experiment: Experiment, params: Params, *, step: int) -> epath.Path:
@@ -88,14 +84,11 @@ def evaluate(
     methods = make_methods(config)
     feature_net, accuracy = features.prepare(experiment)
     guiding = prepare_guiding(experiment, params, methods)
-    conditions = {
-        "step": step,
-        "features": {"name": feature_net.name, "fingerprint": feature_net.fingerprint},
-        "reference": experiment.eval_source.fingerprint,
-        "num_reference": len(experiment.eval_arrays[0]),
-        "num_resamples": config.eval.num_resamples,
-        "noise_shift": (to_dict(config.noise_shift) | {"estimator": measuring.fingerprint}) if measuring else None,
-    } | sampling_conditions(experiment, methods)
+    conditions = (
+        {"step": step}
+        | measuring_conditions(experiment, feature_net, measuring)
+        | sampling_conditions(experiment, methods)
+    )
     folder = experiment.workdir / "eval" / f"step_{step}" / folder_name(config, conditions)
     if is_finished(folder, conditions):
         return folder
@@ -124,6 +117,20 @@ def evaluate(
     measured = time.perf_counter()
     experiment.add_seconds(**{"sampling": sampled - start, "distances and noise shift": measured - sampled})
     return folder
+
+
+def measuring_conditions(
+    experiment: Experiment, feature_net: FeatureNet, measuring: Measuring | None
+) -> dict[str, Any]:
+    """All that distances and noise shifts depend on besides the samples."""
+    config = experiment.config
+    return {
+        "features": {"name": feature_net.name, "fingerprint": feature_net.fingerprint},
+        "reference": experiment.eval_source.fingerprint,
+        "num_reference": len(experiment.eval_arrays[0]),
+        "num_resamples": config.eval.num_resamples,
+        "noise_shift": (to_dict(config.noise_shift) | {"estimator": measuring.fingerprint}) if measuring else None,
+    }
 
 
 def folder_name(config: Config, conditions: dict[str, Any]) -> str:

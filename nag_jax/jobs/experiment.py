@@ -10,7 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -20,6 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from nag_jax import loading, storage
+from nag_jax.checkpoint import Checkpoints
 from nag_jax.config import Config, to_dict
 from nag_jax.data.pipeline import eval_arrays
 from nag_jax.data.sources import Source, open_source
@@ -98,9 +99,20 @@ def open_experiment(config: Config, workdir: epath.PathLike, checkpoint: epath.P
         )
     else:
         description = loading.read_description(checkpoint)
-    return Experiment(
-        config, epath.Path(workdir), make_mesh(config.parallel), train_source, eval_source, description
-    )
+    return Experiment(config, epath.Path(workdir), make_mesh(config.parallel), train_source, eval_source, description)
+
+
+def open_trained(config: Config, workdir: epath.PathLike, checkpoint: epath.PathLike) -> tuple[Experiment, Params, int]:
+    """Opens a job on a trained network: data and devices, its newest parameters on them, and their training step.
+
+    Raises:
+        UserError: see `open_experiment`; or there is no checkpoint, or none with the parameters `sampling.weights`.
+    """
+    experiment = open_experiment(config, workdir, checkpoint)
+    with Checkpoints(epath.Path(checkpoint) / "checkpoints", read_only=True) as checkpoints:
+        step = checkpoints.latest_step()
+    params = loading.read_params(checkpoint, config.sampling.weights, step)
+    return experiment, experiment.place(params), int(step or 0)
 
 
 def sampling_conditions(experiment: Experiment, methods: Mapping[str, Method]) -> dict[str, Any]:
@@ -120,8 +132,8 @@ def sampling_conditions(experiment: Experiment, methods: Mapping[str, Method]) -
     }
 
 
-def describe_experiment(experiment: Experiment, mode: str) -> str:
-    """What a job would work on, in a few lines."""
+def describe_experiment(experiment: Experiment, mode: str, methods: Iterable[str]) -> str:
+    """What a job would work on, and the names of the methods that it would sample with, in a few lines."""
     config, description = experiment.config, experiment.description
     shapes = jax.eval_shape(functools.partial(init_params, description.network()), jax.random.key(0))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -135,7 +147,7 @@ def describe_experiment(experiment: Experiment, mode: str) -> str:
             f"held-out data {experiment.eval_source.fingerprint}",
             f"network       {parameters:,} parameters, states of shape {description.sample_shape}",
             f"training      {config.num_steps} steps of {config.batch_size}",
-            f"methods       {', '.join(config.eval.methods)}; {config.eval.num_samples} samples each",
+            f"methods       {', '.join(methods)}; {config.eval.num_samples} samples each",
         ]
     )
 

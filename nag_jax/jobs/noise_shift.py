@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from etils import epath
 
-from nag_jax import loading, storage
-from nag_jax.checkpoint import Checkpoints
+from nag_jax import storage
 from nag_jax.config import Config, to_dict
 from nag_jax.jobs import evaluate
 from nag_jax.jobs.drawing import draw
 from nag_jax.jobs.estimators import prepare_guiding, prepare_measuring
-from nag_jax.jobs.experiment import open_experiment, sampling_conditions
+from nag_jax.jobs.experiment import open_trained, sampling_conditions
 from nag_jax.noise_shift.figure import noise_shift_figure
 
 
@@ -20,10 +19,7 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     Raises:
         UserError: the checkpoint cannot be read, or NAME holds a measurement under other conditions.
     """
-    experiment = open_experiment(config, workdir, checkpoint)
-    with Checkpoints(checkpoint / "checkpoints", read_only=True) as checkpoints:
-        step = checkpoints.latest_step()
-    params = experiment.place(loading.read_params(checkpoint, config.sampling.weights, step))
+    experiment, params, step = open_trained(config, workdir, checkpoint)
     methods = evaluate.make_methods(config)
     measuring = prepare_measuring(experiment, params)
     conditions = {

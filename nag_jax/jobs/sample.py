@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from etils import epath
 
-from nag_jax import loading, storage
-from nag_jax.checkpoint import Checkpoints
+from nag_jax import storage
 from nag_jax.config import Config
 from nag_jax.jobs import evaluate
 from nag_jax.jobs.drawing import draw, sample_labels
 from nag_jax.jobs.estimators import prepare_guiding
-from nag_jax.jobs.experiment import open_experiment, sampling_conditions
+from nag_jax.jobs.experiment import open_trained, sampling_conditions
 
 
 def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Path:
@@ -19,10 +18,7 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     Raises:
         UserError: the checkpoint cannot be read, or NAME holds samples of other conditions.
     """
-    experiment = open_experiment(config, workdir, checkpoint)
-    with Checkpoints(checkpoint / "checkpoints", read_only=True) as checkpoints:
-        step = checkpoints.latest_step()
-    params = experiment.place(loading.read_params(checkpoint, config.sampling.weights, step))
+    experiment, params, step = open_trained(config, workdir, checkpoint)
     methods = evaluate.make_methods(config)
     conditions = {"step": step, "checkpoint": str(checkpoint)} | sampling_conditions(experiment, methods)
     folder = workdir / "samples" / evaluate.folder_name(config, conditions)

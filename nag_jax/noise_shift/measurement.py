@@ -63,6 +63,7 @@ class NoiseShift:
 
     Attributes:
         shifts: one per time, ascending.
+        mean_absolute_shift: the calibrated shift's absolute value, averaged over the times.
         level: of the confidence intervals, each on its own.
         num_resamples: bootstrap resamples behind them.
         forward_answers: [T, M], single answers on forward states, for densities.
@@ -70,6 +71,7 @@ class NoiseShift:
     """
 
     shifts: tuple[ShiftAtTime, ...]
+    mean_absolute_shift: Interval
     level: float
     num_resamples: int
     forward_answers: np.ndarray
@@ -111,6 +113,10 @@ def compare_answers(
     error is in them. A sample is drawn with its answers at all times. Samples are taken as independent; where both
     sides have the same fixed labels the intervals are a little too wide. Two guidances on the same noise err together,
     so their difference is known better than their intervals say.
+
+    The mean absolute shift is the exception: sampling error adds to an absolute value and never cancels, in a resample
+    once more than in the estimate. Its interval is centered and reflected, and is one for the expected value at these
+    counts; so methods compare at equal counts only, and without any shift it is not zero.
 
     Args:
         times: true times [T].
@@ -161,7 +167,8 @@ def compare_answers(
         )
         for i, t in enumerate(times)
     )
-    return NoiseShift(shifts, level, num_resamples, forward.mean, sampled.mean)
+    mean_absolute_shift = _reflected_interval(np.abs(quantities["calibrated_shift"]).mean(axis=1), tails)
+    return NoiseShift(shifts, mean_absolute_shift, level, num_resamples, forward.mean, sampled.mean)
 
 
 def measure(
@@ -274,6 +281,16 @@ def _resampled_means(answers: np.ndarray, num_resamples: int, rng: np.random.Gen
     means = [by_sample.mean(axis=0)]
     means += [by_sample[rng.integers(count, size=count)].mean(axis=0) for _ in range(num_resamples)]
     return np.stack(means)
+
+
+def _reflected_interval(values: np.ndarray, tails: tuple[float, float]) -> Interval:
+    """An interval for E[S] of a statistic S whose resamples are biased as S itself is: values [S, resamples ...].
+
+    S* - mean(S*) stands for S - E[S]: the "basic" bootstrap, Davison and Hinkley (1997), section 5.2.
+    """
+    estimate, resampled = float(values[0]), values[1:]
+    low, high = estimate + resampled.mean() - np.quantile(resampled, tails)[::-1]
+    return Interval(estimate, float(np.maximum(low, 0.0)), float(high))
 
 
 def _shift_to_json(shift: ShiftAtTime) -> dict[str, Any]:

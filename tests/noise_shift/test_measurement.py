@@ -75,6 +75,40 @@ def test_intervals_cover_no_shift_as_often_as_they_say():
         assert 0.91 < share < 0.985
 
 
+def test_the_mean_absolute_shift_is_the_mean_over_times():
+    curve, rng, shift = CURVES["shrinking"], np.random.default_rng(4), np.array([-0.03, 0.02, 0.05])
+    sides = answers_at(rng, TIMES + shift, 20000, curve), answers_at(rng, TIMES, 20000, curve)
+    measured = compare_answers(TIMES, *sides, calibration_of(curve), seed=0, num_resamples=200)
+    size = measured.mean_absolute_shift
+    estimates = [at_time.calibrated_shift.estimate for at_time in measured.shifts]
+    np.testing.assert_allclose(size.estimate, np.mean(np.abs(estimates)))
+    assert size.low < size.estimate < size.high
+    # Far from zero the absolute value is linear: the error is that of a mean of three independent shifts.
+    widths = [at_time.calibrated_shift.high - at_time.calibrated_shift.low for at_time in measured.shifts]
+    np.testing.assert_allclose(size.high - size.low, np.sqrt(np.square(widths).sum()) / 3, rtol=0.2)
+    assert abs(size.estimate - np.abs(shift).mean()) < size.high - size.low
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.03])
+def test_the_mean_absolute_shift_s_interval_covers_its_expected_value(shift):
+    curve, rng, num_trials = CURVES["shrinking"], np.random.default_rng(5), 300
+    sizes = [
+        compare_answers(
+            TIMES,
+            answers_at(rng, TIMES + shift, 100, curve),
+            answers_at(rng, TIMES, 60, curve),
+            calibration_of(curve),
+            seed=trial,
+            num_resamples=100,
+        ).mean_absolute_shift
+        for trial in range(num_trials)
+    ]
+    expected = np.mean([size.estimate for size in sizes])
+    assert expected > shift
+    share = np.mean([size.low <= expected <= size.high for size in sizes])
+    assert share > 0.91
+
+
 def test_the_control_s_own_error_is_in_the_interval():
     curve, rng = CURVES["shrinking"], np.random.default_rng(2)
     sampled = answers_at(rng, TIMES, 5000, curve)
@@ -92,6 +126,7 @@ def test_json_has_numbers_only_and_null_where_there_is_none():
     assert content["num_forward"] == content["num_sampled"] == 10
     assert [shift["t"] for shift in content["shifts"]] == sorted(TIMES)
     assert content["shifts"][0]["calibrated_shift"] == {"estimate": None, "low": None, "high": None}
+    assert np.isnan(compare_answers(TIMES, *sides, silent, seed=0).mean_absolute_shift).all()
     raw = content["shifts"][0]["raw_shift"]
     assert raw["low"] < raw["high"]
 
