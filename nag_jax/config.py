@@ -30,8 +30,17 @@ from nag_jax.training.optimizer import OptimizerConfig
 
 # Keys that decide what a training run computes: a work folder goes on only under the same ones.
 FIXED_ON_RESUME = ("model", "process", "objective", "data", "optimizer", "batch_size", "ema", "seed")
+# Within them, what says only where the same things lie.
+FREE_ON_RESUME = ("data.data_dir",)
 
 Section = TypeVar("Section")
+
+
+def _check_at_least(section: str, values: Any, **least: int) -> None:
+    """Raises UserError if a key of `values` is below the value given for it."""
+    for name, smallest in least.items():
+        if getattr(values, name) < smallest:
+            raise UserError(f"{section}.{name} = {getattr(values, name)} must be at least {smallest}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,9 @@ class LogConfig:
     """
 
     every_steps: int = 50
+
+    def __post_init__(self) -> None:
+        _check_at_least("log", self, every_steps=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +87,9 @@ class SamplingConfig:
     guided_channels: int = 0
     label_rule: Literal["balanced", "random"] = "balanced"
 
+    def __post_init__(self) -> None:
+        _check_at_least("sampling", self, num_steps=1, batch_size=1, guided_channels=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -100,6 +115,9 @@ class EvalConfig:
     num_resamples: int = 200
     save_samples: bool = False
 
+    def __post_init__(self) -> None:
+        _check_at_least("eval", self, num_samples=2, seed=0, every_steps=0, num_reference=2, num_resamples=20)
+
 
 @dataclasses.dataclass(frozen=True)
 class NoiseShiftConfig:
@@ -112,6 +130,11 @@ class NoiseShiftConfig:
 
     times: tuple[float, ...] = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
     num_forward: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_at_least("noise_shift", self, num_forward=2)
+        if not self.times or not all(0.0 < t <= 1.0 for t in self.times):
+            raise UserError(f"noise_shift.times = {self.times} must be times in (0, 1], at least one.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +158,8 @@ class Config:
         seed: seed of initialisation, data order and training draws.
         batch_size: examples of a training step, over all devices and hosts.
         num_steps: training steps.
-        init_from: a training folder whose parameters training starts from; "" starts afresh.
+        init_from: a training folder whose parameters (those that `sampling.weights` names) training starts from; ""
+            starts afresh.
         model, process, objective, data, optimizer, checkpoint, parallel, log: see their classes.
         ema: averages of the parameters by name.
         sampling, eval, noise_shift, compare: see their classes.
@@ -162,6 +186,9 @@ class Config:
     compare: CompareConfig = CompareConfig()
     estimator: EstimatorConfig = EstimatorConfig()
     features: FeatureClassifierConfig = FeatureClassifierConfig()
+
+    def __post_init__(self) -> None:
+        _check_at_least("config", self, seed=0, batch_size=1, num_steps=1)
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -262,6 +289,12 @@ def key_paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield path, value
 
 
+def with_training_of(config: Config, stored: Config) -> Config:
+    """`config` with everything about training as in `stored`: what a job on a trained network works under."""
+    kept = {name: getattr(stored, name) for name in ("num_steps", "init_from", *FIXED_ON_RESUME) if name != "data"}
+    return dataclasses.replace(config, **kept)
+
+
 def choose_options(options: str, known: Sequence[str], exclusive: Sequence[Sequence[str]] = ()) -> tuple[str, ...]:
     """Reads the option string of a config file, "a,b" in configs/NAME.py:a,b.
 
@@ -291,17 +324,19 @@ def choose_options(options: str, known: Sequence[str], exclusive: Sequence[Seque
 def check_resume(stored: Config, current: Config) -> None:
     """Raises UserError if a work folder written under `stored` cannot go on under `current`, naming the keys.
 
-    The keys in FIXED_ON_RESUME must be equal. `num_steps` may differ under a constant schedule.
+    The keys in FIXED_ON_RESUME must be equal. `num_steps` may grow under a constant schedule.
     """
     before, now = dict(key_paths(to_dict(stored))), dict(key_paths(to_dict(current)))
     differing = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if key.split(".")[0] in FIXED_ON_RESUME and before.get(key) != now.get(key)
+        if key.split(".")[0] in FIXED_ON_RESUME and key not in FREE_ON_RESUME and before.get(key) != now.get(key)
     ]
-    if stored.num_steps != current.num_steps and current.optimizer.schedule != "constant":
+    if current.num_steps < stored.num_steps:
+        differing.append(f"num_steps was {stored.num_steps}, is {current.num_steps} (it may only grow)")
+    elif stored.num_steps != current.num_steps and current.optimizer.schedule != "constant":
         differing.append(
-            f"num_steps was {stored.num_steps}, is {current.num_steps} (it may change under a constant schedule only)"
+            f"num_steps was {stored.num_steps}, is {current.num_steps} (it may grow under a constant schedule only)"
         )
     if differing:
         raise UserError(

@@ -121,6 +121,11 @@ class Denoiser:
         return dataclasses.replace(self, params=None)
 
 
+def in_network_time(network_time: NetworkTime, t: jax.Array) -> jax.Array:
+    """Our times `t` as a network of that convention gets them, of the same shape."""
+    return {"t": t, "1 - t": 1.0 - t, "1000 t - 1": 1000.0 * t - 1.0}[network_time]
+
+
 @dataclasses.dataclass(frozen=True)
 class NetworkFunction:
     """Calls a DiT-like Linen module in its own convention and answers in ours.
@@ -147,9 +152,9 @@ class NetworkFunction:
         drop_noise: jax.Array,
         time_embedding_offset: jax.Array | None,
     ) -> Prediction:
-        network_time = {"t": t, "1 - t": 1.0 - t, "1000 t - 1": 1000.0 * t - 1.0}[self.network_time]
+        time = in_network_time(self.network_time, t)
         output: Any = self.model.apply(
-            {"params": params}, x, network_time, labels, drop_label, drop_noise, time_embedding_offset
+            {"params": params}, x, time, labels, drop_label, drop_noise, time_embedding_offset
         )
         variance = None
         if self.learned_variance:

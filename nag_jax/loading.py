@@ -1,5 +1,7 @@
 """From a folder to a Denoiser: `model.json` says what the network is, a checkpoint holds its weights.
 
+The estimator that was trained on a network is loaded here too, for its shape stands in the same `model.json`.
+
 A training folder writes its `model.json` at the start. Training and sampling make their networks here, from the same
 description. Sampling itself is `diffusion/sampler.py`.
 """
@@ -9,17 +11,34 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from nag_jax import storage
 from nag_jax.checkpoint import Checkpoints
 from nag_jax.config import Config, from_section, to_dict
-from nag_jax.denoiser import Denoiser, NetworkFunction, NetworkOutput, NetworkTime, Params, from_network
+from nag_jax.denoiser import (
+    Denoiser,
+    NetworkFunction,
+    NetworkOutput,
+    NetworkTime,
+    Params,
+    from_network,
+    in_network_time,
+)
 from nag_jax.diffusion.process import ProcessConfig, make_process
+from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
 from nag_jax.models.dit import DiT, ModelConfig, build_model
+from nag_jax.models.noise_estimator import build_estimator
+from nag_jax.noise_shift.calibration import Calibration
+from nag_jax.noise_shift.estimator import make_estimator
+from nag_jax.noise_shift.store import read_estimator
 
 MODEL_FILE = "model.json"
+NUM_LEVELS_OF_NULL_EMBEDDING = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +87,7 @@ class ModelDescription:
 def describe(config: Config, *, num_classes: int, sample_shape: tuple[int, ...]) -> ModelDescription:
     """The description of the network that a training run makes.
 
-    The DDPM process asks the network at 1000 t - 1, the number of its step; the others at t.
+    The DDPM process asks the network at 1000 t - 1 (with its 1000 levels, the number of the step), the others at t.
     """
     return ModelDescription(
         model=config.model,
@@ -114,7 +133,74 @@ def load(path: epath.PathLike, weights: str = "ema", step: int | None = None) ->
     return description.denoiser(read_params(folder, weights, step))
 
 
+def load_measuring_estimator(
+    path: epath.PathLike, *, checkpoint: epath.PathLike | None = None
+) -> tuple[Estimator, Calibration]:
+    """Loads the estimator that measures the noise shift of a trained network; `nag_jax.noise_shift.load`.
+
+    Args:
+        path: a work folder that holds one in estimator/: of a finished training, or of `--mode=noise_shift`.
+        checkpoint: the training folder of the network, where the work folder is another one.
+
+    Returns:
+        The estimator with its parameters as host arrays, and its calibration, both for `nag_jax.noise_shift.measure`.
+
+    Raises:
+        UserError: there is none, or a file is missing or damaged.
+    """
+    description = read_description(checkpoint if checkpoint is not None else path)
+    params, calibration = read_estimator(epath.Path(path) / "estimator", "measure") or (None, None)
+    if calibration is None:
+        raise UserError(
+            f"{path} holds no estimator that measures the noise shift. Finish its training, or run "
+            f"python -m nag_jax.main --mode=noise_shift --checkpoint={checkpoint if checkpoint is not None else path} "
+            f"--workdir={path} with the --config of the training."
+        )
+    return make_estimator(build_estimator(description.network()), params), calibration
+
+
 def read_params(folder: epath.PathLike, weights: str, step: int | None = None) -> Any:
     """One set of parameters of a training folder, as host arrays. Raises UserError as `load` does."""
     with Checkpoints(epath.Path(folder) / "checkpoints", read_only=True) as checkpoints:
         return checkpoints.restore_params(weights, step)
+
+
+def read_for_fine_tuning(folder: epath.PathLike, description: ModelDescription, weights: str) -> Params:
+    """The parameters that training of `description` starts from.
+
+    Where the source was trained without noise-condition dropout, its null noise embedding has never been used; it
+    becomes the mean output of the time MLP over the training levels (a choice of ours, for the paper does not say).
+
+    Args:
+        folder: a training folder.
+        description: the network to be trained.
+        weights: "params", or the name of an average.
+
+    Returns:
+        The parameters, as host arrays.
+
+    Raises:
+        UserError: the source is a network of another architecture, process, prediction or number of classes.
+    """
+    source = read_description(folder)
+    for field in ("model", "process", "num_classes", "sample_shape", "network_time", "output"):
+        before, now = getattr(source, field), getattr(description, field)
+        if field == "model":  # How a network is computed may change, what it computes may not.
+            free = {"dtype": "", "precision": "", "remat": "", "attention": ""}
+            before, now = (dataclasses.replace(config, **free) for config in (before, now))
+        if before != now:
+            raise UserError(f"init_from = {str(folder)!r} does not fit this config: its {field} is {before}, not {now}")
+    params = read_params(epath.Path(folder), weights)
+    if description.has_null_noise and not source.has_null_noise:
+        levels = make_process(description.process).levels(NUM_LEVELS_OF_NULL_EMBEDDING)
+        embeddings = time_embeddings(description, params, jnp.asarray(levels, jnp.float32))
+        params = {**params, "null_noise_embedding": np.asarray(embeddings.mean(axis=0))}
+    return params
+
+
+def time_embeddings(description: ModelDescription, params: Params, t: jax.Array) -> jax.Array:
+    """The output of the network's time MLP at times `t` [T]: [T, hidden_size]."""
+    network = description.network()
+    network_time = in_network_time(description.network_time, t)
+    embed: Any = network.apply({"params": params}, network_time, method=lambda model, time: model.t_embedder(time))
+    return embed

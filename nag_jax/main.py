@@ -3,10 +3,15 @@
     python -m nag_jax.main                                       the digits example: train, evaluate, write a report
     python -m nag_jax.main --config=configs/imagenet256.py:sit_xl2,nag --workdir=DIR
     python -m nag_jax.main --mode=sample --checkpoint=runs/digits --config.sampling.nag_scale=2
-    python -m nag_jax.main --mode=compare --checkpoint=runs/digits      a grid of guidance weights on the same noise
+    python -m nag_jax.main --mode=compare --checkpoint=runs/digits
 
-A config file names what a run fixes; --config.a.b=VALUE changes a key. Running the same command again goes on where the
-work folder stands, or rebuilds the report of a finished one.
+A config file names what a run fixes; --config.a.b=VALUE changes a key, and --dry_run prints every key with its value.
+--config.eval.methods names what is compared: plain, cfg, nag, cfg+nag, joint, class_free, nested, classifier_nag.
+--config.sampling.cfg_scale is off at 1, nag_scale is off at 0. --config.sampling.stepper is euler, heun,
+euler_maruyama, ddim, ddpm, ddpm_learned or dpm_solver_pp_2m.
+
+Running the same command again goes on where the work folder stands, or rebuilds the report of a finished one. Modes
+other than train work on a trained network, by default under the settings that it was trained with.
 """
 
 from __future__ import annotations
@@ -16,12 +21,16 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from nag_jax.errors import NagJaxError, UserError
+
+if TYPE_CHECKING:
+    from nag_jax.config import Config
 
 DEFAULT_CONFIG = "configs/digits.py"
 MODES = ("train", "sample", "evaluate", "noise_shift", "compare")
@@ -30,12 +39,16 @@ MODES = ("train", "sample", "evaluate", "noise_shift", "compare")
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, f"Config file, with options behind a colon: NAME.py:OPTIONS. Default: {DEFAULT_CONFIG}."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Work folder, local or gs://. Default: runs/NAME-OPTIONS of the config.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Work folder. Default: runs/NAME-OPTIONS of the config, or the --checkpoint where one is given."
+)
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; train also evaluates and writes the report.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a trained network, for every mode but train. Default: the work folder."
 )
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything, print the settings and what would run, write nothing.")
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Check everything, print the settings and what would run; no work folder is written."
+)
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 
@@ -49,23 +62,51 @@ def main(arguments: list[str]) -> None:
     from nag_jax.config import from_config_dict, to_dict
     from nag_jax.jobs import compare, evaluate, noise_shift, sample, train
     from nag_jax.jobs.experiment import describe_experiment, open_experiment
+    from nag_jax.jobs.methods import check_methods
 
-    config = from_config_dict(CONFIG.value)
-    workdir = epath.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"])))
+    default = CHECKPOINT.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+    workdir = epath.Path(WORKDIR.value or default)
     checkpoint = epath.Path(CHECKPOINT.value) if CHECKPOINT.value else workdir
-    methods = (compare if MODE.value == "compare" else evaluate).make_methods(config)
+    is_training = MODE.value == "train"
+    config = from_config_dict(CONFIG.value) if is_training else config_of_trained(checkpoint)
     if DRY_RUN.value:
-        experiment = open_experiment(config, workdir, None if MODE.value == "train" else checkpoint)
+        methods = (compare if MODE.value == "compare" else evaluate).make_methods(config)
+        experiment = open_experiment(config, workdir, None if is_training else checkpoint)
+        check_methods(config, experiment.description, methods)
         print(json.dumps(to_dict(config), indent=2))
         print(describe_experiment(experiment, MODE.value, methods))
-        return
-    if MODE.value == "train":
+    elif is_training:
         print(f"report: {train.run(config, workdir)}", flush=True)
     elif MODE.value == "evaluate":
         print(f"report: {evaluate.run(config, workdir, checkpoint)}", flush=True)
     else:
         job = {"sample": sample, "noise_shift": noise_shift, "compare": compare}[MODE.value]
         print(f"written: {job.run(config, workdir, checkpoint)}", flush=True)
+
+
+def config_of_trained(checkpoint: epath.Path) -> Config:
+    """The settings of a job on the network trained in `checkpoint`.
+
+    What concerns training is as it was trained. The rest is that of --config, or without --config that of the training
+    too; either way with the keys that the command line changes.
+    """
+    from nag_jax import storage
+    from nag_jax.config import from_config_dict, to_dict, with_training_of
+
+    path = checkpoint / "config.json"
+    if not path.exists():
+        raise UserError(f"{checkpoint} is no folder of a trained network: it has no config.json. Train one first.")
+    stored = from_config_dict(storage.read_json(path))
+    if is_config_given(sys.argv[1:]):
+        return with_training_of(from_config_dict(CONFIG.value), stored)
+    changed = ConfigDict(to_dict(stored))
+    changed.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
+    return with_training_of(from_config_dict(changed), stored)
+
+
+def is_config_given(arguments: list[str]) -> bool:
+    """Whether the command line names a config file."""
+    return any(re.match(r"--?config(=|$)", argument) for argument in arguments)
 
 
 def default_workdir(config_path: str) -> str:
@@ -92,10 +133,13 @@ def find_config(argument: str) -> str:
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parses the command line; unknown config keys and flags are refused with the nearest known name."""
     located = [arguments[0]]
-    for argument in arguments[1:]:
+    rest = iter(arguments[1:])
+    for argument in rest:
         name, equals, value = argument.partition("=")
-        located.append(f"{name}={find_config(value)}" if equals and name in ("--config", "-config") else argument)
-    if not any(re.match(r"--?config(=|$)", argument) for argument in located):
+        if name in ("--config", "-config"):
+            argument = f"--config={find_config(value if equals else next(rest, ''))}"
+        located.append(argument)
+    if not is_config_given(located):
         located.insert(1, f"--config={find_config(DEFAULT_CONFIG)}")
     try:
         return flags.FLAGS(located)
@@ -147,6 +191,9 @@ def run_main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         main(arguments)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from what is saved.", file=sys.stderr, flush=True)
+        sys.exit(130)
     except Exception as error:
         if DEBUG.value:
             raise

@@ -30,8 +30,8 @@ from nag_jax.errors import UserError
 PredictionKind: TypeAlias = Literal["velocity", "noise", "data", "score"]
 PREDICTION_KINDS: tuple[PredictionKind, ...] = ("velocity", "noise", "data", "score")
 
-# A score difference turns into a velocity difference with a factor sigma/alpha, which has no limit where alpha = 0. Past
-# this time of a continuous process that ratio stays what it is at this time (a choice of ours; the paper does not say).
+# A score difference turns into a velocity difference with a factor sigma/alpha, which has no limit where alpha = 0.
+# Past this time of a continuous process that ratio stays what it is here (a choice of ours; the paper does not say).
 LARGEST_REGULAR_TIME = 0.95
 
 

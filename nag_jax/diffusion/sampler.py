@@ -131,7 +131,7 @@ class Sampler:
             check_mixing(denoiser, all_networks, times, tables[name])
         row_layouts = {name: [layout_of(table) for table in tables[name]] for name in tables}
         layouts = tuple(sorted({layout for rows in row_layouts.values() for layout in rows}))
-        shared_rows = {
+        shared_rows: dict[str, Any] = {
             "step": step_rows,
             "index": np.arange(len(times), dtype=np.uint32),
             "observe": observed,
@@ -146,6 +146,13 @@ class Sampler:
                 for layout in row_layouts[name]
                 for calls in layout
             )
+            for name in tables
+        }
+        # A correction asks the estimator once in every row in which it acts, a posterior branch once for its nodes.
+        corrected_rows = sum(int(np.count_nonzero(weights)) for weights in shared_rows["corrections"])
+        self.estimator_calls_per_image = {
+            name: corrected_rows
+            + sum(calls.num_slots for layout in row_layouts[name] for calls in layout if calls.is_posterior)
             for name in tables
         }
         self.program = Program(
@@ -219,6 +226,7 @@ def sample(
     networks: Mapping[str, Denoiser] | None = None,
     corrections: Sequence[Correction] = (),
     estimator: Estimator | None = None,
+    num_posterior_nodes: int = NUM_POSTERIOR_NODES,
     initial: jax.Array | None = None,
     observer: Observer | None = None,
     observer_params: Params = None,
@@ -237,6 +245,7 @@ def sample(
         networks: other denoisers that branches name.
         corrections: applied to every guided prediction, in order.
         estimator: time posterior for posterior null branches and corrections.
+        num_posterior_nodes: network evaluations per posterior null branch.
         initial: states to start from [B, ...] instead of noise.
         observer: called with (observer_params, x, t) inside the scan.
         observer_params: passed to `observer`.
@@ -256,6 +265,7 @@ def sample(
         networks=networks,
         corrections=corrections,
         estimator=estimator,
+        num_posterior_nodes=num_posterior_nodes,
         observer=observer,
         observer_params=observer_params,
         observe_times=observe_times,

@@ -17,10 +17,10 @@ from nag_jax import storage
 from nag_jax.config import Config
 from nag_jax.errors import UserError
 from nag_jax.figures import compare_figure
-from nag_jax.jobs import evaluate, features
+from nag_jax.jobs import features, results
 from nag_jax.jobs.drawing import draw
 from nag_jax.jobs.estimators import prepare_guiding, prepare_measuring
-from nag_jax.jobs.experiment import open_trained, sampling_conditions
+from nag_jax.jobs.experiment import open_trained
 from nag_jax.jobs.methods import Method, make_method
 from nag_jax.noise_shift.measurement import NoiseShift
 
@@ -31,27 +31,25 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     Raises:
         UserError: the checkpoint cannot be read, the grid is empty, or NAME holds a comparison under other conditions.
     """
-    experiment, params, step = open_trained(config, workdir, checkpoint)
     methods = make_methods(config)
-    measuring = prepare_measuring(experiment, params)
+    experiment, network = open_trained(config, workdir, checkpoint, methods)
+    measuring = prepare_measuring(experiment, network.params)
+    guiding = prepare_guiding(experiment, network.params, methods)
     feature_net, accuracy = features.prepare(experiment)
-    conditions: dict[str, Any] = (
-        {"step": step, "checkpoint": str(checkpoint)}
-        | evaluate.measuring_conditions(experiment, feature_net, measuring)
-        | sampling_conditions(experiment, methods)
+    conditions = results.sampling_conditions(experiment, network, methods, guiding) | results.measuring_conditions(
+        experiment, feature_net, measuring
     )
     # The grid's weights stand in "methods"; those of the config are not used.
     for unused in ("cfg_scale", "nag_scale"):
         del conditions["sampling"][unused]
-    folder = workdir / "compare" / evaluate.folder_name(config, conditions)
-    if evaluate.is_finished(folder, conditions, last_file="compare.json"):
+    folder = workdir / "compare" / results.folder_name(config, conditions)
+    if results.is_finished(folder, conditions, last_file="compare.json"):
         return folder
 
-    guiding = prepare_guiding(experiment, params, methods)
-    denoiser = experiment.description.denoiser(params)
+    denoiser = experiment.description.denoiser(network.params)
     drawn = draw(experiment, denoiser, methods, measuring=measuring.estimator, guiding=guiding)
-    distances = evaluate.measure_distances(experiment, methods, drawn, feature_net, accuracy)
-    shifts = evaluate.measure_shifts(experiment, drawn, measuring)
+    distances = results.measure_distances(experiment, methods, drawn, feature_net, accuracy)
+    shifts = results.measure_shifts(experiment, drawn, measuring)
     comparison = storage.as_json(make_comparison(weights(config), distances, shifts))
     storage.write_json(folder / "conditions.json", conditions)
     storage.write_bytes(folder / "compare.png", compare_figure(comparison))
@@ -87,7 +85,7 @@ def make_comparison(
 
     Args:
         grid: name to (cfg_scale, nag_scale).
-        distances: see `evaluate.measure_distances`.
+        distances: see `results.measure_distances`.
         shifts: by name.
     """
     entries = []

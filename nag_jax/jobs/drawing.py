@@ -13,13 +13,12 @@ from nag_jax.data.images import to_uint8
 from nag_jax.data.labels import label_rule
 from nag_jax.denoiser import Denoiser
 from nag_jax.diffusion.sampler import Sampler
-from nag_jax.diffusion.stepping import make_stepper
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import NagJaxError
 from nag_jax.jobs.experiment import Experiment
-from nag_jax.jobs.methods import Method
-from nag_jax.noise_shift.answers import AnswerObserver, Answers
-from nag_jax.parallel import batch_sharding, check_batch_size
+from nag_jax.jobs.methods import Method, make_samplers
+from nag_jax.noise_shift.answers import Answers
+from nag_jax.parallel import batch_sharding
 from nag_jax.progress import progress
 
 
@@ -31,6 +30,7 @@ class Drawn(NamedTuple):
         answers: Answers [T, N] of the measuring estimator, or None.
         times: the times [T] of the answers.
         evaluations_per_image: network evaluations behind each sample.
+        estimator_calls_per_image: calls of the guiding estimator behind each sample, a gradient counted as one.
         seconds: wall time of sampling, compilation included.
     """
 
@@ -38,6 +38,7 @@ class Drawn(NamedTuple):
     answers: Answers | None
     times: np.ndarray
     evaluations_per_image: int
+    estimator_calls_per_image: int
     seconds: float
 
 
@@ -74,33 +75,20 @@ def draw(
     """
     config = experiment.config
     labels = sample_labels(experiment)
-    batch_size = min(config.sampling.batch_size, len(labels))
-    check_batch_size(batch_size, experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"], "the devices")
+    # A multiple of the devices: the last batch is filled up anyway.
+    num_devices = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+    batch_size = -(-min(config.sampling.batch_size, len(labels)) // num_devices) * num_devices
     num_batches = -(-len(labels) // batch_size)
+    samplers = make_samplers(config, denoiser, methods, measuring=measuring, guiding=guiding)
     drawn: dict[str, Drawn] = {}
     with progress("sampling", num_batches * len(methods)) as report_progress:
-        # Methods with the same corrections share one compiled program.
-        for corrections in dict.fromkeys(method.corrections for method in methods.values()):
-            group = {name: method for name, method in methods.items() if method.corrections == corrections}
-            needs_estimator = any(method.needs_estimator for method in group.values())
-            sampler = Sampler(
-                denoiser,
-                {name: method.guidance for name, method in group.items()},
-                stepper=make_stepper(config.sampling.stepper),
-                num_steps=config.sampling.num_steps,
-                corrections=corrections,
-                estimator=guiding if needs_estimator else None,
-                observer=AnswerObserver(measuring.posterior) if measuring else None,
-                observer_params=measuring.params if measuring else None,
-                observe_times=config.noise_shift.times,
-            )
-            for name in group:
-                start = time.perf_counter()
-                batches = []
-                for first in range(0, len(labels), batch_size):
-                    batches.append(_draw_batch(experiment, sampler, name, labels, first, batch_size))
-                    report_progress(len(drawn) * num_batches + len(batches), name)
-                drawn[name] = _join(name, batches, len(labels), sampler, time.perf_counter() - start)
+        for name, sampler in samplers.items():
+            start = time.perf_counter()
+            batches = []
+            for first in range(0, len(labels), batch_size):
+                batches.append(_draw_batch(experiment, sampler, name, labels, first, batch_size))
+                report_progress(len(drawn) * num_batches + len(batches), name)
+            drawn[name] = _join(name, batches, len(labels), sampler, time.perf_counter() - start)
     return {name: drawn[name] for name in methods}
 
 
@@ -131,4 +119,11 @@ def _join(name: str, batches: list[tuple[np.ndarray, Any]], count: int, sampler:
     if sampler.program.observer is not None:
         parts = zip(*(observations for _, observations in batches), strict=True)
         answers = Answers(*(np.concatenate(part, axis=1)[:, :count].astype(np.float64) for part in parts))
-    return Drawn(images, answers, sampler.observed_times, sampler.evaluations_per_image[name], seconds)
+    return Drawn(
+        images,
+        answers,
+        sampler.observed_times,
+        sampler.evaluations_per_image[name],
+        sampler.estimator_calls_per_image[name],
+        seconds,
+    )

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,10 +25,12 @@ from nag_jax.config import Config, to_dict
 from nag_jax.data.pipeline import eval_arrays
 from nag_jax.data.sources import Source, open_source
 from nag_jax.denoiser import Params
-from nag_jax.jobs.methods import Method
+from nag_jax.errors import UserError
+from nag_jax.jobs.methods import Method, check_methods
 from nag_jax.loading import ModelDescription
 from nag_jax.models.dit import init_params
 from nag_jax.parallel import make_mesh, param_shardings
+from nag_jax.params_hash import params_hash
 
 ENVIRONMENT_FILE = "environment.json"
 
@@ -66,18 +68,38 @@ class Experiment:
         """Puts parameters on the devices by the mesh's rules."""
         return jax.device_put(params, param_shardings(self.mesh, params))
 
-    def add_to_environment(self, **entries: Any) -> None:
-        """Puts entries, and where this process runs, into the work folder's environment.json."""
-        path = self.workdir / ENVIRONMENT_FILE
-        known = storage.read_json(path) if path.exists() else {}
-        storage.write_json(path, known | environment() | entries)
+    def add_to_environment(self, stage: str, **entries: Any) -> None:
+        """Puts where a stage ("training", "evaluation") runs, and further entries, into environment.json."""
+        self._update_environment({stage: environment()} | entries)
 
     def add_seconds(self, **stages: float) -> None:
         """Adds to the wall time of stages in environment.json; an interrupted and resumed stage adds up."""
-        path = self.workdir / ENVIRONMENT_FILE
-        known = storage.read_json(path).get("seconds", {}) if path.exists() else {}
+        known = self._environment().get("seconds", {})
         sums = {name: known.get(name, 0.0) + seconds for name, seconds in stages.items()}
-        self.add_to_environment(seconds=known | sums)
+        self._update_environment({"seconds": known | sums})
+
+    def _environment(self) -> dict[str, Any]:
+        path = self.workdir / ENVIRONMENT_FILE
+        return storage.read_json(path) if path.exists() else {}
+
+    def _update_environment(self, entries: dict[str, Any]) -> None:
+        storage.write_json(self.workdir / ENVIRONMENT_FILE, self._environment() | entries)
+
+
+class TrainedNetwork(NamedTuple):
+    """A network that is sampled and measured.
+
+    Attributes:
+        params: its parameters, on the devices.
+        step: their training step.
+        fingerprint: their content hash.
+        folder: where they were trained.
+    """
+
+    params: Params
+    step: int
+    fingerprint: str
+    folder: str
 
 
 def open_experiment(config: Config, workdir: epath.PathLike, checkpoint: epath.PathLike | None = None) -> Experiment:
@@ -99,37 +121,36 @@ def open_experiment(config: Config, workdir: epath.PathLike, checkpoint: epath.P
         )
     else:
         description = loading.read_description(checkpoint)
+    if description.sample_shape != train_source.image_shape or description.num_classes != train_source.num_classes:
+        raise UserError(
+            f"The network in {checkpoint} works on states of shape {description.sample_shape} of "
+            f"{description.num_classes} classes, but the data are {train_source.fingerprint} of shape "
+            f"{train_source.image_shape} with {train_source.num_classes}. Use the config that it was trained with."
+        )
     return Experiment(config, epath.Path(workdir), make_mesh(config.parallel), train_source, eval_source, description)
 
 
-def open_trained(config: Config, workdir: epath.PathLike, checkpoint: epath.PathLike) -> tuple[Experiment, Params, int]:
-    """Opens a job on a trained network: data and devices, its newest parameters on them, and their training step.
+def open_trained(
+    config: Config, workdir: epath.Path, checkpoint: epath.Path, methods: Mapping[str, Method]
+) -> tuple[Experiment, TrainedNetwork]:
+    """Opens a job on a trained network: data and devices, and its newest parameters on them.
 
     Raises:
-        UserError: see `open_experiment`; or there is no checkpoint, or none with the parameters `sampling.weights`.
+        UserError: see `open_experiment` and `check_methods`; there is no checkpoint, or none with the parameters
+            `sampling.weights`; or the work folder is that of another training run.
     """
+    if workdir != checkpoint and (workdir / "checkpoints").exists():
+        raise UserError(
+            f"{workdir} holds a training run of its own, so results of {checkpoint} do not belong there. "
+            "Choose another --workdir."
+        )
     experiment = open_experiment(config, workdir, checkpoint)
-    with Checkpoints(epath.Path(checkpoint) / "checkpoints", read_only=True) as checkpoints:
+    check_methods(config, experiment.description, methods)
+    with Checkpoints(checkpoint / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.latest_step()
     params = loading.read_params(checkpoint, config.sampling.weights, step)
-    return experiment, experiment.place(params), int(step or 0)
-
-
-def sampling_conditions(experiment: Experiment, methods: Mapping[str, Method]) -> dict[str, Any]:
-    """All that samples depend on besides the checkpoint, and where they come from, to stand beside every number."""
-    config = experiment.config
-    return {
-        "methods": {name: method.text for name, method in methods.items()},
-        "sampling": to_dict(config.sampling),
-        "num_samples": config.eval.num_samples,
-        "seed": config.eval.seed,
-        "dtype": experiment.description.model.dtype,
-        "precision": experiment.description.model.precision,
-        "device": jax.devices()[0].device_kind,
-        "training_data": experiment.train_source.fingerprint,
-        "config": config_digest(config),
-        "commit": commit(),
-    }
+    fingerprint = params_hash(params)
+    return experiment, TrainedNetwork(experiment.place(params), int(step or 0), fingerprint, str(checkpoint))
 
 
 def describe_experiment(experiment: Experiment, mode: str, methods: Iterable[str]) -> str:

@@ -45,6 +45,8 @@ def prepare(experiment: Experiment) -> tuple[FeatureNet, float | None]:
             test_labels=experiment.eval_arrays[1],
             name=f"{config.data.name}-classifier",
         )
+    # The description is removed first and written last: it stands only beside the net that it describes.
+    description.unlink(missing_ok=True)
     save_feature_net(folder / "features.npz", feature_net)
     storage.write_json(description, {"made_with": made_with, "held_out_accuracy": accuracy})
     experiment.add_seconds(**{"feature classifier": time.perf_counter() - start})

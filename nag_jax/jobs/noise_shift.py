@@ -5,11 +5,12 @@ from __future__ import annotations
 from etils import epath
 
 from nag_jax import storage
-from nag_jax.config import Config, to_dict
-from nag_jax.jobs import evaluate
+from nag_jax.config import Config
+from nag_jax.jobs import results
 from nag_jax.jobs.drawing import draw
 from nag_jax.jobs.estimators import prepare_guiding, prepare_measuring
-from nag_jax.jobs.experiment import open_trained, sampling_conditions
+from nag_jax.jobs.evaluate import make_methods
+from nag_jax.jobs.experiment import open_trained
 from nag_jax.noise_shift.figure import noise_shift_figure
 
 
@@ -19,24 +20,20 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     Raises:
         UserError: the checkpoint cannot be read, or NAME holds a measurement under other conditions.
     """
-    experiment, params, step = open_trained(config, workdir, checkpoint)
-    methods = evaluate.make_methods(config)
-    measuring = prepare_measuring(experiment, params)
-    conditions = {
-        "step": step,
-        "checkpoint": str(checkpoint),
-        "noise_shift": to_dict(config.noise_shift) | {"estimator": measuring.fingerprint},
-        "reference": experiment.eval_source.fingerprint,
-        "num_reference": len(experiment.eval_arrays[0]),
-    } | sampling_conditions(experiment, methods)
-    folder = workdir / "noise_shift" / evaluate.folder_name(config, conditions)
-    if evaluate.is_finished(folder, conditions, last_file="noise_shift.json"):
+    methods = make_methods(config)
+    experiment, network = open_trained(config, workdir, checkpoint, methods)
+    measuring = prepare_measuring(experiment, network.params)
+    guiding = prepare_guiding(experiment, network.params, methods)
+    conditions = results.sampling_conditions(experiment, network, methods, guiding) | results.shift_conditions(
+        experiment, measuring
+    )
+    folder = workdir / "noise_shift" / results.folder_name(config, conditions)
+    if results.is_finished(folder, conditions, last_file="noise_shift.json"):
         return folder
-    guiding = prepare_guiding(experiment, params, methods)
-    denoiser = experiment.description.denoiser(params)
+    denoiser = experiment.description.denoiser(network.params)
     drawn = draw(experiment, denoiser, methods, measuring=measuring.estimator, guiding=guiding)
-    shifts = evaluate.measure_shifts(experiment, drawn, measuring)
+    shifts = results.measure_shifts(experiment, drawn, measuring)
     storage.write_json(folder / "conditions.json", conditions)
     storage.write_bytes(folder / "noise_shift.png", noise_shift_figure(shifts))
-    storage.write_json(folder / "noise_shift.json", evaluate.shifts_to_json(shifts))
+    storage.write_json(folder / "noise_shift.json", results.shifts_to_json(shifts))
     return folder

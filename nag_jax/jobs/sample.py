@@ -6,10 +6,11 @@ from etils import epath
 
 from nag_jax import storage
 from nag_jax.config import Config
-from nag_jax.jobs import evaluate
+from nag_jax.jobs import results
 from nag_jax.jobs.drawing import draw, sample_labels
 from nag_jax.jobs.estimators import prepare_guiding
-from nag_jax.jobs.experiment import open_trained, sampling_conditions
+from nag_jax.jobs.evaluate import make_methods
+from nag_jax.jobs.experiment import open_trained
 
 
 def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Path:
@@ -18,16 +19,15 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     Raises:
         UserError: the checkpoint cannot be read, or NAME holds samples of other conditions.
     """
-    experiment, params, step = open_trained(config, workdir, checkpoint)
-    methods = evaluate.make_methods(config)
-    conditions = {"step": step, "checkpoint": str(checkpoint)} | sampling_conditions(experiment, methods)
-    folder = workdir / "samples" / evaluate.folder_name(config, conditions)
-    if evaluate.is_finished(folder, conditions, last_file="samples.npz"):
+    methods = make_methods(config)
+    experiment, network = open_trained(config, workdir, checkpoint, methods)
+    guiding = prepare_guiding(experiment, network.params, methods)
+    conditions = results.sampling_conditions(experiment, network, methods, guiding)
+    folder = workdir / "samples" / results.folder_name(config, conditions)
+    if results.is_finished(folder, conditions, last_file="samples.npz"):
         return folder
-    guiding = prepare_guiding(experiment, params, methods)
-    drawn = draw(experiment, experiment.description.denoiser(params), methods, guiding=guiding)
-    labels = sample_labels(experiment)
+    drawn = draw(experiment, experiment.description.denoiser(network.params), methods, guiding=guiding)
     storage.write_json(folder / "conditions.json", conditions)
-    storage.write_bytes(folder / "samples.png", evaluate.grid(experiment, drawn))
-    storage.write_bytes(folder / "samples.npz", evaluate.pack_samples(drawn, labels))
+    storage.write_bytes(folder / "samples.png", results.grid(experiment, drawn))
+    storage.write_bytes(folder / "samples.npz", results.pack_samples(drawn, sample_labels(experiment)))
     return folder

@@ -18,15 +18,16 @@ from nag_jax import loading, storage
 from nag_jax.checkpoint import Checkpoints
 from nag_jax.config import Config, check_resume, from_config_dict, to_dict
 from nag_jax.data.pipeline import make_batches
-from nag_jax.denoiser import Params
 from nag_jax.diffusion.objective import summarize_buckets
 from nag_jax.errors import TrainingDivergedError, UserError
 from nag_jax.jobs import evaluate
-from nag_jax.jobs.experiment import Experiment, open_experiment
+from nag_jax.jobs.experiment import Experiment, TrainedNetwork, open_experiment
 from nag_jax.jobs.interrupt import Stopped, stop_on_signals
+from nag_jax.jobs.methods import check_methods
 from nag_jax.metric_writer import MetricWriter
 from nag_jax.models.dit import init_params
 from nag_jax.parallel import batch_sharding, init_sharded, param_shardings, pmap_sharding, shard_batch, split_batch
+from nag_jax.params_hash import params_hash
 from nag_jax.progress import progress, stage
 from nag_jax.training.ema import decay_per_step
 from nag_jax.training.optimizer import NULL_NOISE_EMBEDDING, learning_rate, make_optimizer
@@ -53,6 +54,7 @@ def run(config: Config, workdir: epath.Path) -> epath.Path:
     # 2. Data, devices and the network's description.
     experiment = open_experiment(config, workdir)
     check_weights(config)
+    check_methods(config, experiment.description, evaluate.make_methods(config))
     if is_main:
         storage.write_json(config_file, to_dict(config))
         loading.write_description(workdir, experiment.description)
@@ -69,7 +71,7 @@ def run(config: Config, workdir: epath.Path) -> epath.Path:
     checkpoints.close()
 
     # 5. What the trained network does, and the report.
-    return evaluate.evaluate_and_report(experiment, sampling_params(config, state), step=int(state.step))
+    return evaluate.evaluate_and_report(experiment, trained_network(experiment, state))
 
 
 def check_weights(config: Config) -> None:
@@ -81,9 +83,13 @@ def check_weights(config: Config) -> None:
         )
 
 
-def sampling_params(config: Config, state: TrainState) -> Params:
-    """The weights that `sampling.weights` names."""
-    return state.params if config.sampling.weights == "params" else state.ema[config.sampling.weights]
+def trained_network(experiment: Experiment, state: TrainState) -> TrainedNetwork:
+    """The weights of a state that `sampling.weights` names."""
+    weights = experiment.config.sampling.weights
+    params = state.params if weights == "params" else state.ema[weights]
+    return TrainedNetwork(
+        experiment.place(params), int(state.step), params_hash(jax.device_get(params)), str(experiment.workdir)
+    )
 
 
 def make_state(experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, Any]:
@@ -105,25 +111,9 @@ def make_state(experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainS
         state, _ = checkpoints.restore(placed)
         return state, shardings
     if config.init_from:
-        params = loading.read_params(epath.Path(config.init_from), config.sampling.weights)
-        expected = jax.eval_shape(fresh, key).params
-        check_same_parameters(params, expected, config.init_from)
+        params = loading.read_for_fine_tuning(config.init_from, experiment.description, config.sampling.weights)
         return init_sharded(lambda params: init_state(params, optimizer, tuple(config.ema)), mesh, params)
     return init_sharded(fresh, mesh, key)
-
-
-def check_same_parameters(params: Any, expected: Any, source: str) -> None:
-    """Raises UserError unless two trees have the same names and shapes."""
-    shapes = [
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (params, expected)
-    ]
-    for path in sorted(shapes[0].keys() | shapes[1].keys()):
-        if shapes[0].get(path) != shapes[1].get(path):
-            raise UserError(
-                f"init_from = {source!r} does not fit config.model: {path} has shape {shapes[0].get(path)} there and "
-                f"{shapes[1].get(path)} here. Use the model section of that run."
-            )
 
 
 def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, shardings: Any) -> TrainState:
@@ -163,6 +153,10 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
     seconds = {"compile": 0.0, "training": 0.0}
     log_start, log_step = time.perf_counter(), first_step
 
+    if first_step and is_evaluation_due(config, first_step):
+        # The run may have been interrupted between its checkpoint and its evaluation; a finished one is read back.
+        evaluate.evaluate(experiment, trained_network(experiment, state))
+        log_start = time.perf_counter()
     with stop_on_signals() as stop, progress("training", config.num_steps, first_step) as report_progress:
         for step in range(first_step + 1, config.num_steps + 1):
             batch = next(batches)
@@ -180,7 +174,7 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
             is_stopped = bool(stop)
             is_last = step == config.num_steps or is_stopped
             is_saved = step % config.checkpoint.every_steps == 0 or is_last
-            is_evaluated = config.eval.every_steps > 0 and step % config.eval.every_steps == 0 and not is_last
+            is_evaluated = is_evaluation_due(config, step) and not is_last
             if step % config.log.every_steps == 0 or is_saved or is_evaluated:
                 # A state is saved only after every loss up to it was seen to be finite.
                 numbers = read_metrics(unread, last_step=step, checkpoints=checkpoints)
@@ -197,7 +191,7 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
             if is_saved:
                 checkpoints.save(state)
             if is_evaluated:
-                evaluate.evaluate(experiment, sampling_params(config, state), step=step)
+                evaluate.evaluate(experiment, trained_network(experiment, state))
                 log_start = time.perf_counter()
             if is_stopped:
                 break
@@ -211,31 +205,38 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
             "network": sum(leaf.size for leaf in jax.tree.leaves(network)),
             "null_noise_embedding": state.params[NULL_NOISE_EMBEDDING].size,
         }
-        experiment.add_to_environment(parameters=counts)
+        experiment.add_to_environment("training", parameters=counts)
         experiment.add_seconds(**seconds)
-    if int(state.step) < config.num_steps:
+    if stop:
         raise Stopped(stop, f"Stopped at step {int(state.step)}; saved. The same command goes on from there.")
     return state
+
+
+def is_evaluation_due(config: Config, step: int) -> bool:
+    """Whether a scheduled evaluation belongs to `step`."""
+    return bool(config.eval.methods) and config.eval.every_steps > 0 and step % config.eval.every_steps == 0
 
 
 def read_metrics(unread: list[Any], *, last_step: int, checkpoints: Checkpoints) -> dict[str, float]:
     """Fetches the metrics of the steps up to `last_step` and averages them.
 
     Raises:
-        TrainingDivergedError: a loss was not finite; names the first such step and the last good checkpoint.
+        TrainingDivergedError: a loss, a gradient or the new parameters are not finite; names the first such step and
+            the last good checkpoint.
     """
     fetched = jax.device_get(unread)
-    losses = np.array([metrics["loss"] for metrics in fetched], np.float64)
-    if not np.isfinite(losses).all():
-        bad_step = last_step - len(losses) + 1 + int(np.argmin(np.isfinite(losses)))
+    scalars = ("loss", "grad_norm", "param_norm")
+    values = np.array([[metrics[name] for name in scalars] for metrics in fetched], np.float64)
+    if not np.isfinite(values).all():
+        bad_row, bad_column = np.argwhere(~np.isfinite(values))[0]
+        bad_step = last_step - len(values) + 1 + int(bad_row)
         checkpoints.wait()
         good = checkpoints.latest_step()
         remedy = f"The last good checkpoint is step {good}" if good is not None else "There is no checkpoint yet"
         raise TrainingDivergedError(
-            f"The loss of step {bad_step} is {losses[bad_step - last_step - 1 + len(losses)]}. {remedy} in "
+            f"The {scalars[bad_column]} of step {bad_step} is {values[bad_row, bad_column]}. {remedy} in "
             f"{checkpoints.directory}. Lower optimizer.learning_rate, set optimizer.clip_norm, or look at the data."
         )
-    scalars = ("loss", "grad_norm", "param_norm")
-    numbers = {name: float(np.mean([metrics[name] for metrics in fetched])) for name in scalars}
+    numbers = dict(zip(scalars, values.mean(axis=0).tolist(), strict=True))
     buckets = {name: sum(metrics["buckets"][name] for metrics in fetched) for name in fetched[0]["buckets"]}
     return numbers | summarize_buckets(buckets)

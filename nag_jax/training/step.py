@@ -44,7 +44,7 @@ def make_train_step(
         step(state, batch, run_key) -> (state, metrics), for a batch of "image" [B, ...] and "label" int32 [B] (under
         `pmap` the device's own part of it) and a typed key that is the same at every step. Metrics are "loss",
         "grad_norm", "param_norm" (scalars) and "buckets", the sums of `bucket_metrics`. The loss is that of the
-        parameters before the step; it is not finite where training diverged.
+        parameters before the step, the norm that of those after it; where training diverged they are not finite.
 
     Raises:
         UserError: the objective does not suit the denoiser, or (when called) the batch does not divide.
@@ -97,7 +97,7 @@ def make_train_step(
         metrics = {
             "loss": total,
             "grad_norm": optax.tree.norm(gradients),
-            "param_norm": optax.tree.norm(state.params),
+            "param_norm": optax.tree.norm(params),
             "buckets": buckets,
         }
         averages = {name: ema.update(state.ema[name], params, decay) for name, decay in ema_decays.items()}

@@ -57,7 +57,7 @@ def test_one_step_is_the_definition(tiny_denoiser, sgd_step, batch_of):
     assert_trees(np.testing.assert_allclose, after.params, want, rtol=1e-5, atol=1e-6)
     assert_trees(np.testing.assert_allclose, metrics["buckets"], buckets, rtol=1e-5)
     assert float(metrics["loss"]) == pytest.approx(float(total), rel=1e-5)
-    for name, tree in (("grad_norm", gradients), ("param_norm", state.params)):
+    for name, tree in (("grad_norm", gradients), ("param_norm", after.params)):
         norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(tree)))
         assert float(metrics[name]) == pytest.approx(norm, rel=1e-5)
     for name, decay in DECAYS.items():
