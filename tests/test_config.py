@@ -7,12 +7,21 @@ import dataclasses
 import json
 import runpy
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from nag_jax.config import Config, check_resume, choose_options, defaults, from_config_dict, key_paths, to_dict
+from nag_jax.config import (
+    Config,
+    check_resume,
+    choose_options,
+    defaults,
+    from_config_dict,
+    key_paths,
+    to_dict,
+    with_training_of,
+)
 from nag_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,25 +45,72 @@ def test_defaults_are_those_of_the_sections():
     assert from_config_dict(defaults()) == Config()
 
 
-def test_every_key_is_read_somewhere():
-    """A key is read if an attribute of its name is loaded outside of `config.py`."""
-    loaded: set[str] = set()
-    for file in (ROOT / "nag_jax").rglob("*.py"):
-        if file.name == "config.py":
-            continue
-        for node in ast.walk(ast.parse(file.read_text())):
+# How the code calls an instance of each section.
+CALLED = {
+    "Config": {"config", "stored", "current"},
+    "ModelConfig": {"config", "model", "explicit"},
+    "ProcessConfig": {"config", "process"},
+    "Objective": {"objective", "self"},
+    "DataConfig": {"config", "data", "self"},
+    "OptimizerConfig": {"config", "optimizer"},
+    "EmaConfig": {"config"},
+    "CheckpointConfig": {"checkpoint"},
+    "ParallelConfig": {"config", "parallel"},
+    "LogConfig": {"log"},
+    "SamplingConfig": {"config", "sampling"},
+    "EvalConfig": {"eval"},
+    "NoiseShiftConfig": {"noise_shift"},
+    "CompareConfig": {"grid", "compare"},
+    "EstimatorConfig": {"config", "estimator"},
+    "FeatureClassifierConfig": {"config", "features"},
+}
+
+
+def reads(trees: Iterable[ast.AST]) -> set[tuple[str, str]]:
+    """Every (owner, attribute) that the code loads: ("eval", "seed") for `config.eval.seed`.
+
+    `getattr(config, field)` in a loop over names counts each string of the module as read from its owner.
+    """
+    found = set()
+    for tree in trees:
+        strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                loaded.add(node.attr)
-            # getattr(section, key) over a tuple of names counts as reading them.
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-                loaded.add(node.value)
-    keys = {field.name for section in sections(Config) for field in dataclasses.fields(section)}
-    assert keys - loaded == set()
+                owner = node.value
+                name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+                found.add((name, node.attr))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
+                found |= {(getattr(node.args[0], "id", ""), string) for string in strings}
+    return found
 
 
-def test_that_test_would_see_an_unread_key():
-    names = {section.__name__ for section in sections(Config)}
-    assert names >= {"Config", "ModelConfig", "EmaConfig", "SamplingConfig"}
+def unread_keys(found: set[tuple[str, str]], config: type = Config) -> set[str]:
+    """The keys of all sections that are in none of the reads."""
+    return {
+        f"{section.__name__}.{field.name}"
+        for section in sections(config)
+        for field in dataclasses.fields(section)
+        if not any((owner, field.name) in found for owner in CALLED[section.__name__])
+    }
+
+
+@pytest.fixture(scope="module")
+def found() -> set[tuple[str, str]]:
+    files = [file for file in (ROOT / "nag_jax").rglob("*.py") if file.name != "config.py"]
+    return reads(ast.parse(file.read_text()) for file in files)
+
+
+def test_every_key_is_read_somewhere(found: set[tuple[str, str]]):
+    assert unread_keys(found) == set()
+
+
+def test_that_test_sees_an_unread_key(found: set[tuple[str, str]]):
+    @dataclasses.dataclass(frozen=True)
+    class SamplingConfig:
+        num_steps: int = 1
+        seed: int = 0  # eval.seed and config.seed are read, sampling.seed is not
+
+    assert unread_keys({read for read in found if read != ("config", "seed")}, SamplingConfig) == {"SamplingConfig.seed"}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +137,10 @@ def test_unknown_keys_are_refused_with_the_nearest_name(key: str, nearest: str):
         (("sampling", "nag_null"), "both", "is not one of 'network', 'posterior'"),
         (("model",), 3, "is a section of keys"),
         (("objective", "label_dropout"), 2.0, "label_dropout"),
+        (("eval", "num_samples"), 1, "eval.num_samples = 1 must be at least 2"),
+        (("eval", "num_resamples"), 5, "eval.num_resamples = 5 must be at least 20"),
+        (("noise_shift", "times"), (0.0,), "noise_shift.times"),
+        (("log", "every_steps"), 0, "log.every_steps = 0 must be at least 1"),
     ],
 )
 def test_wrong_values_name_the_key(path: tuple[str, ...], value: object, message: str):
@@ -135,6 +195,9 @@ def test_resume_refuses_differing_keys_and_allows_the_rest():
     config = Config()
     check_resume(config, dataclasses.replace(config, num_steps=5000))
     check_resume(config, dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, num_steps=7)))
+    check_resume(config, dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir="elsewhere")))
+    with pytest.raises(UserError, match="num_steps was 1000, is 500"):
+        check_resume(config, dataclasses.replace(config, num_steps=500))
     changed = dataclasses.replace(config, seed=3, model=dataclasses.replace(config.model, depth=9))
     with pytest.raises(UserError, match=r"model.depth was 4, is 9; seed was 0, is 3"):
         check_resume(config, changed)
@@ -145,3 +208,10 @@ def test_resume_refuses_differing_keys_and_allows_the_rest():
 
 def test_key_paths_reach_every_leaf():
     assert dict(key_paths({"a": {"b": 1, "c": {"d": 2}}, "e": 3})) == {"a.b": 1, "a.c.d": 2, "e": 3}
+
+
+def test_a_job_on_a_trained_network_keeps_its_training():
+    stored = dataclasses.replace(Config(), seed=7, num_steps=3)
+    current = dataclasses.replace(Config(), seed=1, sampling=dataclasses.replace(Config().sampling, num_steps=9))
+    merged = with_training_of(current, stored)
+    assert (merged.seed, merged.num_steps, merged.sampling.num_steps) == (7, 3, 9)

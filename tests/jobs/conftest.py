@@ -21,15 +21,19 @@ class Runs:
     def __init__(self, data_dir: Path):
         self.data_dir = data_dir
 
-    def start(self, workdir: Path, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "nag_jax.main", "--config=configs/digits.py:smoke", f"--workdir={workdir}"]
+    def start(self, workdir: Path, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "nag_jax.main", f"--workdir={workdir}"]
+        if not any(argument.startswith(("--config=", "--mode=")) for argument in arguments):
+            command.append("--config=configs/digits.py:smoke")
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(self.data_dir)}
+        if devices > 1:
+            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
         return subprocess.Popen(
             [*command, *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
-    def finish(self, workdir: Path, *arguments: str, expect: int = 0) -> tuple[str, str]:
-        process = self.start(workdir, *arguments)
+    def finish(self, workdir: Path, *arguments: str, expect: int = 0, devices: int = 1) -> tuple[str, str]:
+        process = self.start(workdir, *arguments, devices=devices)
         output, errors = process.communicate(timeout=600)
         assert process.returncode == expect, errors
         return output, errors

@@ -88,10 +88,27 @@ def test_loading_says_what_is_missing(finished: Path, tmp_path: Path):
         nag_jax.load(finished, weights="long")
 
 
-def test_imagenet_smoke_runs_the_same_code(runs, tmp_path: Path):
-    arguments = ["--config=configs/imagenet256.py:dit_xl2,nag,smoke", "--config.eval.methods=('plain','nag')"]
-    output, _ = runs.finish(tmp_path, *arguments)
+@pytest.mark.parametrize("options", ["smoke", "dit_xl2,nag,smoke"])
+def test_imagenet_smoke_runs_the_same_code(runs, tmp_path: Path, options: str):
+    output, _ = runs.finish(tmp_path, f"--config=configs/imagenet256.py:{options}")
     report = folder_of(output, "report").read_text()
-    assert "imagenet2012" in report
+    assert "imagenet2012" in report and "mock" in report
     (metrics,) = (tmp_path / "eval" / "step_4").glob("*/metrics.json")
-    assert json.loads(metrics.read_text())["methods"]["nag"]["evaluations_per_image"] == 8
+    evaluations = {
+        name: method["evaluations_per_image"] for name, method in json.loads(metrics.read_text())["methods"].items()
+    }
+    with_nag = {"nag": 8, "cfg+nag": 12} if "nag" in options else {}
+    assert evaluations == {"plain": 4, "cfg": 8} | with_nag
+
+
+def test_results_of_another_run_do_not_go_into_a_training_folder(finished: Path, runs, tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    _, errors = runs.finish(tmp_path, "--mode=sample", f"--checkpoint={finished}", expect=2)
+    assert "holds a training run of its own" in errors
+
+
+def test_a_checkpoint_of_other_data_is_refused(finished: Path, runs, tmp_path: Path):
+    arguments = ["--mode=evaluate", f"--checkpoint={finished}", "--config=configs/imagenet256.py:smoke"]
+    _, errors = runs.finish(tmp_path / "w", *arguments, expect=2)
+    assert "works on states of shape (8, 8, 1) of 10 classes, but the data are imagenet2012" in errors
+    assert not (tmp_path / "w").exists()

@@ -143,10 +143,39 @@ def tiny_config(**changes: object) -> Config:
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(runs, tmp_path: Path):
     config = tiny_config(optimizer__learning_rate=1e30, optimizer__clip_norm=0.0, data__data_dir=str(runs.data_dir))
-    with pytest.raises(TrainingDivergedError, match=r"The loss of step \d+ is (nan|inf).*checkpoint"):
+    with pytest.raises(TrainingDivergedError, match=r"The \w+ of step \d+ is (nan|inf).*checkpoint"):
         train.run(config, epath.Path(tmp_path / "run"))
     # Nothing that is not finite was saved.
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         for step in checkpoints.steps():
             for leaf in jax.tree.leaves(checkpoints.restore_params("params", step)):
                 assert np.isfinite(leaf).all()
+
+
+def test_the_first_step_that_is_not_finite_is_named(tmp_path: Path):
+    class NoCheckpoints:
+        directory = tmp_path
+
+        def wait(self) -> None:
+            pass
+
+        def latest_step(self) -> int | None:
+            return 30
+
+    def metrics(loss: float, grad_norm: float) -> dict[str, object]:
+        return {"loss": loss, "grad_norm": grad_norm, "param_norm": 1.0, "buckets": {"count": np.ones((2, 2, 1))}}
+
+    steps = [metrics(1.0, 1.0), metrics(1.0, float("inf")), metrics(float("nan"), 1.0)]
+    message = "The grad_norm of step 39 is inf. The last good checkpoint is step 30"
+    with pytest.raises(TrainingDivergedError, match=message):
+        train.read_metrics(steps, last_step=40, checkpoints=NoCheckpoints())  # type: ignore[arg-type]
+
+
+def test_scheduled_evaluations_come_during_training(runs, tmp_path: Path):
+    arguments = ["--config.eval.every_steps=3", "--config.eval.methods=('plain',)"]
+    runs.finish(tmp_path, *arguments)
+    folders = sorted(path.name for path in (tmp_path / "eval").iterdir())
+    assert folders == ["step_3", "step_6"]
+    (early,) = (tmp_path / "eval" / "step_3").iterdir()
+    # Scheduled evaluations leave out the noise shift: the estimator belongs to the final network.
+    assert not (early / "noise_shift.json").exists() and (early / "metrics.json").exists()

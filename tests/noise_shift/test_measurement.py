@@ -126,7 +126,7 @@ def test_json_has_numbers_only_and_null_where_there_is_none():
     assert content["num_forward"] == content["num_sampled"] == 10
     assert [shift["t"] for shift in content["shifts"]] == sorted(TIMES)
     assert content["shifts"][0]["calibrated_shift"] == {"estimate": None, "low": None, "high": None}
-    assert np.isnan(compare_answers(TIMES, *sides, silent, seed=0).mean_absolute_shift).all()
+    assert content["mean_absolute_shift"] == {"estimate": None, "low": None, "high": None}
     raw = content["shifts"][0]["raw_shift"]
     assert raw["low"] < raw["high"]
 

@@ -10,7 +10,7 @@ from nag_jax.models.dit import ModelConfig, build_model
 from nag_jax.models.noise_estimator import build_estimator
 from nag_jax.noise_shift.calibration import Calibration
 from nag_jax.noise_shift.estimator import EstimatorConfig
-from nag_jax.noise_shift.store import estimator_conditions, load_estimator, save_estimator
+from nag_jax.noise_shift.store import estimator_conditions, load_estimator, read_estimator, save_estimator
 from nag_jax.params_hash import params_hash
 
 PARAMS = {"trunk": {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, "head": {"bias": np.float32([0.5, -2.5])}}
@@ -20,9 +20,9 @@ MODEL = build_estimator(
 )
 
 
-def conditions(model=MODEL, trunk_hash="abc", process=None, config=None, seed=1):
+def conditions(model=MODEL, trunk_hash="abc", process=None, config=None, seed=1, **data):
     return estimator_conditions(
-        model, trunk_hash, process or Linear(), config if config is not None else EstimatorConfig(), seed
+        model, trunk_hash, process or Linear(), config if config is not None else EstimatorConfig(), seed, **data
     )
 
 
@@ -44,12 +44,29 @@ def test_reused_only_under_the_same_conditions(tmp_path):
         conditions(seed=2),
         conditions(process=GVP()),
         conditions(model=other_heads),
+        conditions(training_data="another set"),
     ):
         assert load_estimator(tmp_path, "measure", other) is None
     assert conditions(process=DDPM(num_levels=10)) != conditions(process=DDPM())
     assert load_estimator(tmp_path, "measure", conditions()) is not None
     save_estimator(tmp_path, "measure", PARAMS, CALIBRATION, conditions(seed=2))
     assert load_estimator(tmp_path, "measure", conditions()) is None
+
+
+def test_another_calibration_alone_keeps_the_parameters(tmp_path):
+    on_half, on_all = ({"num_images": count} for count in (50, 100))
+    save_estimator(tmp_path, "measure", PARAMS, CALIBRATION, conditions(calibration=on_half))
+    params, calibration = load_estimator(tmp_path, "measure", conditions(calibration=on_all))
+    assert params_hash(params) == params_hash(PARAMS) and calibration is None
+    assert load_estimator(tmp_path, "measure", conditions(calibration=on_half))[1] == CALIBRATION
+    assert load_estimator(tmp_path, "measure", conditions(calibration=on_all, seed=2)) is None
+
+
+def test_read_whatever_the_conditions_and_without_a_calibration(tmp_path):
+    assert read_estimator(tmp_path, "guide") is None
+    save_estimator(tmp_path, "guide", PARAMS, None, conditions(seed=7))
+    params, calibration = read_estimator(tmp_path, "guide")
+    assert params_hash(params) == params_hash(PARAMS) and calibration is None
 
 
 @pytest.mark.parametrize("name", ["measure.json", "measure.npz"])
