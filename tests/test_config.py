@@ -110,7 +110,8 @@ def test_that_test_sees_an_unread_key(found: set[tuple[str, str]]):
         num_steps: int = 1
         seed: int = 0  # eval.seed and config.seed are read, sampling.seed is not
 
-    assert unread_keys({read for read in found if read != ("config", "seed")}, SamplingConfig) == {"SamplingConfig.seed"}
+    without_the_run_s_own = {read for read in found if read != ("config", "seed")}
+    assert unread_keys(without_the_run_s_own, SamplingConfig) == {"SamplingConfig.seed"}
 
 
 @pytest.mark.parametrize(
