@@ -1,56 +1,89 @@
-"""The measuring estimator of a work folder comes back as it was kept; without one it is said what makes one."""
+"""Descriptions and fine-tuning: what may change between the source and the new run, and how the null embedding starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-import nag_jax
+from nag_jax import loading
+from nag_jax.checkpoint import Checkpoints
+from nag_jax.config import Config
 from nag_jax.diffusion.process import ProcessConfig
 from nag_jax.errors import UserError
-from nag_jax.loading import ModelDescription, write_description
+from nag_jax.loading import ModelDescription
 from nag_jax.models.dit import ModelConfig, init_params
-from nag_jax.models.noise_estimator import build_estimator, estimator_params
-from nag_jax.noise_shift import Calibration, make_estimator, save_estimator
+from nag_jax.training.state import init_state
 
-CALIBRATION = Calibration((0.1, 0.9), (0.2, 0.7), (0.05, 0.06))
-
-
-@pytest.fixture
-def description():
-    model = ModelConfig(depth=1, hidden_size=16, num_heads=2)
-    return ModelDescription(model, ProcessConfig(), num_classes=2, sample_shape=(4, 4, 1))
-
-
-def keep_estimator(folder, description):
-    network = description.network()
-    model = build_estimator(network)
-    params = estimator_params(init_params(network, jax.random.key(0)), jax.random.key(1), model)
-    save_estimator(folder / "estimator", "measure", params, CALIBRATION, {"seed": 3})
-    return make_estimator(model, params)
+CONTROL = ModelDescription(
+    model=ModelConfig(depth=1, hidden_size=16, num_heads=2),
+    process=ProcessConfig("linear"),
+    num_classes=3,
+    sample_shape=(4, 4, 1),
+    has_null_noise=False,
+)
+WITH_NAG = dataclasses.replace(CONTROL, has_null_noise=True)
 
 
-def test_the_kept_estimator_answers_as_before(tmp_path, description):
-    write_description(tmp_path / "training", description)
-    kept = keep_estimator(tmp_path / "training", description)
-    x = np.random.default_rng(0).standard_normal((3, 4, 4, 1)).astype(np.float32)
-    loaded, calibration = nag_jax.noise_shift.load(tmp_path / "training")
-    assert calibration == CALIBRATION
-    for answer, before in zip(
-        loaded.posterior.apply(loaded.params, x), kept.posterior.apply(kept.params, x), strict=True
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training folder of a network that never dropped its noise condition."""
+    folder = tmp_path_factory.mktemp("source")
+    params = jax.jit(lambda key: init_params(CONTROL.network(), key))(jax.random.key(0))
+    loading.write_description(folder, CONTROL)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(init_state(params, optax.sgd(0.1)))
+    return folder
+
+
+def test_a_description_survives_its_file(tmp_path: Path):
+    loading.write_description(tmp_path, WITH_NAG)
+    assert loading.read_description(tmp_path) == WITH_NAG
+
+
+def test_loaded_networks_are_called_as_they_were_trained(source: Path):
+    denoiser = loading.load(source)
+    assert denoiser.prediction == "velocity" and not denoiser.has_null_noise and denoiser.num_classes == 3
+    x = jnp.ones((2, 4, 4, 1))
+    value = denoiser(denoiser.params, x, jnp.float32(0.5), jnp.zeros(2, jnp.int32)).value
+    assert value.shape == x.shape
+
+
+def test_an_unused_null_embedding_starts_at_the_mean_of_the_time_mlp(source: Path):
+    before = loading.read_params(source, "ema")
+    params = loading.read_for_fine_tuning(source, WITH_NAG, "ema")
+    t = (np.arange(1000) + 0.5) / 1000
+    expected = np.mean([loading.time_embeddings(CONTROL, before, jnp.float32(time)[None])[0] for time in t[::20]], 0)
+    np.testing.assert_allclose(params["null_noise_embedding"], expected, rtol=2e-3, atol=2e-5)
+    for name in before.keys() - {"null_noise_embedding"}:
+        jax.tree.map(np.testing.assert_array_equal, params[name], before[name])
+
+
+def test_a_trained_null_embedding_and_a_control_keep_it(source: Path, tmp_path: Path):
+    same = loading.read_for_fine_tuning(source, CONTROL, "params")
+    jax.tree.map(np.testing.assert_array_equal, same, loading.read_params(source, "params"))
+
+
+def test_another_process_or_architecture_is_refused(source: Path):
+    for change in (
+        {"process": ProcessConfig("gvp")},
+        {"output": "noise"},
+        {"model": dataclasses.replace(CONTROL.model, depth=2)},
+        {"num_classes": 4},
     ):
-        np.testing.assert_array_equal(answer, before)
+        with pytest.raises(UserError, match=f"its {next(iter(change))} is"):
+            loading.read_for_fine_tuning(source, dataclasses.replace(CONTROL, **change), "ema")
+    compute = dataclasses.replace(CONTROL.model, dtype="bfloat16", remat="full")
+    loading.read_for_fine_tuning(source, dataclasses.replace(CONTROL, model=compute), "ema")
 
 
-def test_an_estimator_in_another_folder_than_its_network(tmp_path, description):
-    write_description(tmp_path / "training", description)
-    keep_estimator(tmp_path / "measuring", description)
-    with pytest.raises(UserError, match="no folder of a trained network"):
-        nag_jax.noise_shift.load(tmp_path / "measuring")
-    _, calibration = nag_jax.noise_shift.load(tmp_path / "measuring", checkpoint=tmp_path / "training")
-    assert calibration == CALIBRATION
-
-
-def test_without_an_estimator(tmp_path, description):
-    write_description(tmp_path, description)
-    with pytest.raises(UserError, match="--mode=noise_shift --checkpoint="):
-        nag_jax.noise_shift.load(tmp_path)
+def test_the_description_of_a_config_says_what_was_trained():
+    described = loading.describe(Config(), num_classes=10, sample_shape=(8, 8, 1))
+    assert described.network_time == "t" and described.output == "velocity" and described.has_null_noise
+    ddpm = dataclasses.replace(Config(), process=ProcessConfig("ddpm"))
+    assert loading.describe(ddpm, num_classes=10, sample_shape=(8, 8, 1)).network_time == "1000 t - 1"

@@ -18,9 +18,10 @@ from nag_jax.diffusion.process import make_process
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.jobs.experiment import Experiment
 from nag_jax.jobs.methods import Method
-from nag_jax.models.noise_estimator import build_estimator
+from nag_jax.models.noise_estimator import NoiseEstimator, build_estimator
 from nag_jax.noise_shift.answers import Answers, forward_answers
 from nag_jax.noise_shift.calibration import Calibration, calibrate
+from nag_jax.noise_shift.control import matched_images
 from nag_jax.noise_shift.estimator import Role, estimator_seed, make_estimator, train_estimator
 from nag_jax.noise_shift.store import estimator_conditions, load_estimator, save_estimator
 from nag_jax.params_hash import params_hash
@@ -40,17 +41,31 @@ class Measuring(NamedTuple):
     calibration: Calibration
     fingerprint: str
 
-    def forward(self, experiment: Experiment, times: np.ndarray) -> Answers:
-        """Its answers on `noise_shift.num_forward` held-out forward states at each of `times`."""
-        images = experiment.eval_arrays[0]
-        repeated = np.resize(images, (experiment.config.noise_shift.num_forward, *images.shape[1:]))
+    def forward(self, experiment: Experiment, times: np.ndarray, sample_labels: np.ndarray | None = None) -> Answers:
+        """Its answers on forward states of held-out images at each of `times`, the control of samples.
+
+        Args:
+            experiment: config and data.
+            times: [T].
+            sample_labels: of the samples; the images get the same ones, see `matched_images`. None: all images.
+
+        Returns:
+            Answers [T, M], of M <= `noise_shift.num_forward` different images.
+
+        Raises:
+            UserError: fewer than two images match.
+        """
+        images, labels = experiment.eval_arrays
+        limit = experiment.config.noise_shift.num_forward
+        control = images[:limit] if sample_labels is None else images[matched_images(sample_labels, labels, limit)]
         process = make_process(experiment.description.process)
-        return forward_answers(self.estimator, process, repeated, times, seed=experiment.config.eval.seed)
+        return forward_answers(self.estimator, process, control, times, seed=experiment.config.eval.seed)
 
 
 def prepare_measuring(experiment: Experiment, params: Params) -> Measuring:
     """The estimator that measures the noise shift of the network with `params`."""
     estimator, calibration = prepare(experiment, params, "measure")
+    assert calibration is not None
     return Measuring(estimator, calibration, params_hash(jax.device_get(estimator.params)))
 
 
@@ -61,34 +76,57 @@ def prepare_guiding(experiment: Experiment, params: Params, methods: Mapping[str
     return prepare(experiment, params, "guide")[0]
 
 
-def prepare(experiment: Experiment, params: Params, role: Role) -> tuple[Estimator, Calibration]:
-    """Reads the estimator of `role` from estimator/, or trains, calibrates and keeps it."""
+def prepare(experiment: Experiment, params: Params, role: Role) -> tuple[Estimator, Calibration | None]:
+    """Reads the estimator of `role` from estimator/, or trains and keeps it; the one that measures is calibrated too.
+
+    One that is the same but for its calibration, which depends on the held-out images, is calibrated anew only.
+    """
     config = experiment.config
     process = make_process(experiment.description.process)
     model = build_estimator(experiment.description.network())
-    seed = estimator_seed(config.seed, role)
-    conditions = estimator_conditions(model, params_hash(jax.device_get(params)), process, config.estimator, seed)
+    reference = {
+        "reference": experiment.eval_source.fingerprint,
+        "num_images": min(len(experiment.eval_source), config.eval.num_reference),
+        "seed": config.eval.seed,
+    }
+    conditions = estimator_conditions(
+        model,
+        params_hash(jax.device_get(params)),
+        process,
+        config.estimator,
+        estimator_seed(config.seed, role),
+        training_data={"fingerprint": experiment.train_source.fingerprint, "random_flip": config.data.random_flip},
+        calibration=reference if role == "measure" else None,
+    )
     folder = experiment.workdir / "estimator"
     stored = load_estimator(folder, role, conditions)
-    if stored is not None:
+    if stored is not None and (stored[1] is not None or role == "guide"):
         return make_estimator(model, experiment.place(stored[0])), stored[1]
 
     start = time.perf_counter()
+    trained = experiment.place(stored[0]) if stored is not None else _train(experiment, params, role, model)
+    estimator = make_estimator(model, trained)
+    calibration = None
+    if role == "measure":
+        calibration = calibrate(estimator, process, experiment.eval_arrays[0], seed=config.eval.seed)
+    save_estimator(folder, role, trained, calibration, conditions)
+    experiment.add_seconds(**{f"estimator ({role})": time.perf_counter() - start})
+    return estimator, calibration
+
+
+def _train(experiment: Experiment, params: Params, role: Role, model: NoiseEstimator) -> Params:
+    config = experiment.config
+    seed = estimator_seed(config.seed, role)
     with progress(f"noise-level estimator ({role})", config.estimator.num_steps) as report_progress:
-        trained = train_estimator(
+        return train_estimator(
             model,
             params,
-            process,
+            make_process(experiment.description.process),
             _training_images(experiment, seed),
             config.estimator,
             seed=seed,
             progress=lambda step, loss: report_progress(step, f"loss {loss:.3f}"),
         )
-    estimator = make_estimator(model, trained)
-    calibration = calibrate(estimator, process, experiment.eval_arrays[0], seed=config.eval.seed)
-    save_estimator(folder, role, trained, calibration, conditions)
-    experiment.add_seconds(**{f"estimator ({role})": time.perf_counter() - start})
-    return estimator, calibration
 
 
 def _training_images(experiment: Experiment, seed: int) -> Iterator[np.ndarray]:

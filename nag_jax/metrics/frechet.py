@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nag_jax.errors import UserError
+from nag_jax.metrics.bootstrap import reflected_ends
 
 Array = NDArray[np.float64]
 
@@ -118,9 +119,7 @@ def bootstrap_interval(
     Both sets are resampled. Resampling repeats vectors, so a resampled distance D* is biased upward from the
     estimate D about as much as D is from the distance of the populations: the plain percentile interval is
     biased twice and can lie wholly above D. What is estimated here is E[D] for fresh sets of the same sizes,
-    the number that compares with a floor or another method at the same sizes. D* - mean(D*) stands for
-    D - E[D], and the interval is the reflected ("basic") one, Davison and Hinkley (1997), section 5.2:
-    [D + mean(D*) - q_high(D*), D + mean(D*) - q_low(D*)].
+    the number that compares with a floor or another method at the same sizes, by `bootstrap.reflected_ends`.
 
     It is no interval for the distance of the populations, which lies below E[D] by the finite-sample bias.
     Near a true distance of zero it is too wide rather than too narrow.
@@ -204,10 +203,8 @@ def _reflected_interval(
     n_counts = rng.multinomial(n, np.full(n, 1.0 / n), size=num_resamples).astype(np.float64)
     m_counts = rng.multinomial(m, np.full(m, 1.0 / m), size=num_resamples).astype(np.float64)
     resampled = np.array([statistic(*counts) for counts in zip(n_counts, m_counts, strict=True)])
-    center = statistic(np.ones(n), np.ones(m)) + resampled.mean()
-    tail = (1.0 - level) / 2.0
-    q_low, q_high = np.quantile(resampled, [tail, 1.0 - tail])
-    return float(center - q_high), float(center - q_low)
+    low, high = reflected_ends(statistic(np.ones(n), np.ones(m)), resampled, level)
+    return float(low), float(high)
 
 
 def _weighted_moments(x: Array, counts: Array) -> Moments:

@@ -21,6 +21,7 @@ from nag_jax.diffusion.sampler import Sampler
 from nag_jax.diffusion.stepping import Euler, Stepper
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
+from nag_jax.metrics.bootstrap import reflected_ends
 from nag_jax.noise_shift.answers import NUM_NODES, AnswerObserver, Answers, forward_answers
 from nag_jax.noise_shift.calibration import Calibration, calibrate
 
@@ -33,6 +34,10 @@ class Interval(NamedTuple):
     estimate: float
     low: float
     high: float
+
+    def to_json(self) -> dict[str, float | None]:
+        """The numbers by name; null where there is none."""
+        return {name: _number_or_none(value) for name, value in self._asdict().items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +94,7 @@ class NoiseShift:
             "num_resamples": self.num_resamples,
             "num_forward": self.forward_answers.shape[1],
             "num_sampled": self.sampled_answers.shape[1],
+            "mean_absolute_shift": self.mean_absolute_shift.to_json(),
             "shifts": [_shift_to_json(shift) for shift in self.shifts],
         }
 
@@ -112,11 +118,11 @@ def compare_answers(
     Intervals are percentile bootstraps over samples and, independently, over held-out images: both sides' sampling
     error is in them. A sample is drawn with its answers at all times. Samples are taken as independent; where both
     sides have the same fixed labels the intervals are a little too wide. Two guidances on the same noise err together,
-    so their difference is known better than their intervals say.
+    so their difference is known better than their intervals say: see `difference.py`.
 
-    The mean absolute shift is the exception: sampling error adds to an absolute value and never cancels, in a resample
-    once more than in the estimate. Its interval is centered and reflected, and is one for the expected value at these
-    counts; so methods compare at equal counts only, and without any shift it is not zero.
+    The mean absolute shift is the exception: sampling error adds to an absolute value and never cancels. Its interval
+    is `reflected_ends`, one for the expected value at these counts; so methods compare at equal counts only, and
+    without any shift it is not zero.
 
     Args:
         times: true times [T].
@@ -145,8 +151,8 @@ def compare_answers(
 
     rng = np.random.default_rng(seed)
     # Row 0 of each is the estimate itself, the rest are resamples.
-    forward_means = _resampled_means(forward.mean, num_resamples, rng)
-    sampled_means = _resampled_means(sampled.mean, num_resamples, rng)
+    forward_means = resampled_means(forward.mean, num_resamples, rng)
+    sampled_means = resampled_means(sampled.mean, num_resamples, rng)
     quantities = {
         "forward_answer": forward_means,
         "sampled_answer": sampled_means,
@@ -167,7 +173,9 @@ def compare_answers(
         )
         for i, t in enumerate(times)
     )
-    mean_absolute_shift = _reflected_interval(np.abs(quantities["calibrated_shift"]).mean(axis=1), tails)
+    sizes = np.abs(quantities["calibrated_shift"]).mean(axis=1)
+    low, high = reflected_ends(sizes[0], sizes[1:], level)
+    mean_absolute_shift = Interval(float(sizes[0]), float(np.maximum(low, 0.0)), float(high))
     return NoiseShift(shifts, mean_absolute_shift, level, num_resamples, forward.mean, sampled.mean)
 
 
@@ -274,7 +282,7 @@ def _sampled_answers(
     return Answers(*(np.concatenate(leaves, axis=1)[:, :num_samples] for leaves in zip(*parts, strict=True)))
 
 
-def _resampled_means(answers: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
+def resampled_means(answers: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Means of `answers` [T, N] over N, then of resamples with replacement: [1 + num_resamples, T]."""
     by_sample = np.ascontiguousarray(answers.T)
     count = len(by_sample)
@@ -283,23 +291,12 @@ def _resampled_means(answers: np.ndarray, num_resamples: int, rng: np.random.Gen
     return np.stack(means)
 
 
-def _reflected_interval(values: np.ndarray, tails: tuple[float, float]) -> Interval:
-    """An interval for E[S] of a statistic S whose resamples are biased as S itself is: values [S, resamples ...].
-
-    S* - mean(S*) stands for S - E[S]: the "basic" bootstrap, Davison and Hinkley (1997), section 5.2.
-    """
-    estimate, resampled = float(values[0]), values[1:]
-    low, high = estimate + resampled.mean() - np.quantile(resampled, tails)[::-1]
-    return Interval(estimate, float(np.maximum(low, 0.0)), float(high))
-
-
 def _shift_to_json(shift: ShiftAtTime) -> dict[str, Any]:
-    def plain_number(value: float) -> float | None:
-        return value if np.isfinite(value) else None
-
     return {
-        name: {key: plain_number(number) for key, number in value._asdict().items()}
-        if isinstance(value, Interval)
-        else plain_number(value)
+        name: value.to_json() if isinstance(value, Interval) else _number_or_none(value)
         for name, value in ((field.name, getattr(shift, field.name)) for field in dataclasses.fields(shift))
     }
+
+
+def _number_or_none(value: float) -> float | None:
+    return value if np.isfinite(value) else None
