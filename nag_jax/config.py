@@ -72,7 +72,8 @@ class SamplingConfig:
         nag_interval: times at which it acts.
         nag_null: the null branch of NAG: "network" or "posterior".
         guided_channels: guide only the first so many channels; 0 for all.
-        label_rule: "balanced" or "random".
+        label_rule: labels of the samples: "balanced", "random", or "reference" (those of the held-out images, in their
+            order and over again).
     """
 
     stepper: str = "euler"
@@ -85,7 +86,7 @@ class SamplingConfig:
     nag_interval: tuple[float, float] = (0.0, 1.0)
     nag_null: Literal["network", "posterior"] = "network"
     guided_channels: int = 0
-    label_rule: Literal["balanced", "random"] = "balanced"
+    label_rule: Literal["balanced", "random", "reference"] = "balanced"
 
     def __post_init__(self) -> None:
         _check_at_least("sampling", self, num_steps=1, batch_size=1, guided_channels=0)

@@ -45,6 +45,8 @@ class Drawn(NamedTuple):
 def sample_labels(experiment: Experiment) -> np.ndarray:
     """The labels of the samples, int32 [eval.num_samples], by the config's rule and seed."""
     config = experiment.config
+    if config.sampling.label_rule == "reference":
+        return np.resize(experiment.eval_arrays[1], config.eval.num_samples)
     rule = label_rule(config.sampling.label_rule)
     return rule(config.eval.num_samples, experiment.description.num_classes, config.eval.seed)
 

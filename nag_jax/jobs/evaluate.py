@@ -77,14 +77,14 @@ def evaluate(experiment: Experiment, network: TrainedNetwork, *, measuring: Meas
     drawn = draw(experiment, denoiser, methods, measuring=measuring.estimator if measuring else None, guiding=guiding)
     sampled = time.perf_counter()
     metrics = results.measure_distances(experiment, methods, drawn, feature_net, accuracy)
-    shifts = results.measure_shifts(experiment, drawn, measuring) if measuring else None
 
     storage.write_json(folder / "conditions.json", conditions)
     storage.write_bytes(folder / "samples.png", results.grid(experiment, drawn))
     if config.eval.save_samples:
         storage.write_bytes(folder / "samples.npz", results.pack_samples(drawn, sample_labels(experiment)))
-    if shifts is not None:
-        storage.write_json(folder / "noise_shift.json", results.shifts_to_json(shifts))
+    if measuring is not None:
+        shifts = results.measure_shifts(experiment, drawn, measuring)
+        storage.write_json(folder / "noise_shift.json", results.shifts_to_json(experiment, shifts, measuring))
         storage.write_bytes(folder / "noise_shift.png", noise_shift_figure(shifts))
     # Written last: a folder with metrics.json is a finished evaluation.
     storage.write_json(folder / "metrics.json", metrics)

@@ -35,5 +35,5 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     shifts = results.measure_shifts(experiment, drawn, measuring)
     storage.write_json(folder / "conditions.json", conditions)
     storage.write_bytes(folder / "noise_shift.png", noise_shift_figure(shifts))
-    storage.write_json(folder / "noise_shift.json", results.shifts_to_json(shifts))
+    storage.write_json(folder / "noise_shift.json", results.shifts_to_json(experiment, shifts, measuring))
     return folder

@@ -29,6 +29,7 @@ from nag_jax.jobs.methods import Method
 from nag_jax.metrics.features import FeatureNet
 from nag_jax.metrics.features import features as extract_features
 from nag_jax.metrics.frechet import bootstrap_interval, frechet_distance_from_features, paired_bootstrap_difference
+from nag_jax.noise_shift.difference import shift_differences
 from nag_jax.noise_shift.measurement import NoiseShift, compare_answers
 from nag_jax.params_hash import params_hash
 
@@ -161,7 +162,7 @@ def measure_distances(
 def measure_shifts(experiment: Experiment, drawn: dict[str, Drawn], measuring: Measuring) -> dict[str, NoiseShift]:
     """The noise shift of every method against held-out forward states at the same times."""
     times = next(iter(drawn.values())).times
-    forward = measuring.forward(experiment, times)
+    forward = measuring.forward(experiment, times, sample_labels(experiment))
     config = experiment.config
     return {
         name: compare_answers(
@@ -177,9 +178,13 @@ def measure_shifts(experiment: Experiment, drawn: dict[str, Drawn], measuring: M
     }
 
 
-def shifts_to_json(shifts: dict[str, NoiseShift]) -> dict[str, Any]:
-    """The content of noise_shift.json."""
-    return {"methods": {name: shift.to_json() for name, shift in shifts.items()}}
+def shifts_to_json(experiment: Experiment, shifts: dict[str, NoiseShift], measuring: Measuring) -> dict[str, Any]:
+    """The content of noise_shift.json: the shift of every method, and whether NAG made it smaller."""
+    evaluation = experiment.config.eval
+    differences = shift_differences(
+        shifts, measuring.calibration, seed=evaluation.seed, num_resamples=evaluation.num_resamples
+    )
+    return {"methods": {name: shift.to_json() for name, shift in shifts.items()}, "differences": differences}
 
 
 def grid(experiment: Experiment, drawn: dict[str, Drawn]) -> bytes:
