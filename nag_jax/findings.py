@@ -1,6 +1,7 @@
 """What an evaluation shows, in plain sentences made from its numbers, whichever way it went. Layout is `report.py`'s.
 
-A difference counts as seen where its interval excludes zero, or two intervals are apart; anything else is undecided.
+A difference counts as seen where its interval excludes zero, or, where none was measured in pairs, two intervals are
+apart; anything else is undecided.
 """
 
 from __future__ import annotations
@@ -9,13 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# A method with NAG, and the same method without it.
-NAG_PAIRS = {
-    "nag": "plain",
-    "classifier_nag": "plain",
-    "cfg+nag": "cfg",
-    "cfg+classifier_nag": "cfg",
-}
+from nag_jax.noise_shift.difference import NAG_PAIRS
 
 
 def distance_findings(metrics: Mapping[str, Any]) -> list[str]:
@@ -78,14 +73,45 @@ def shift_findings(noise_shift: Mapping[str, Any]) -> list[str]:
             f"States of plain sampling look noisier than their time says at {sides.count('noisier')} of {len(sides)} "
             f"times, and cleaner at {sides.count('cleaner')}; at the others the interval contains zero."
         )
+    differences = noise_shift.get("differences", {})
     for with_nag, without in NAG_PAIRS.items():
         if with_nag in methods and without in methods:
-            sentences.append(_nag_sentence(with_nag, methods[with_nag], without, methods[without]))
+            pair = with_nag, methods[with_nag], without, methods[without]
+            in_pairs = differences.get(with_nag)
+            sentences.append(_paired_sentence(*pair, in_pairs) if in_pairs else _unpaired_sentence(*pair))
     return sentences or ["There is no pair of methods with and without NAG to compare."]
 
 
-def _nag_sentence(name: str, shift: Mapping[str, Any], base_name: str, base: Mapping[str, Any]) -> str:
-    size, base_size = mean_absolute_shift(shift), mean_absolute_shift(base)
+def _paired_sentence(
+    name: str, shift: Mapping[str, Any], base_name: str, base: Mapping[str, Any], difference: Mapping[str, Any]
+) -> str:
+    interval = difference["mean_absolute"]
+    if interval["estimate"] is None:
+        return f"The shifts of {name} and {base_name} could not be calibrated, so they are not compared."
+    verdict = side_of_zero((interval["low"], interval["high"]), "smaller", "larger")
+    places = decimals((interval["low"], interval["high"]), digits=2)
+    ends = f"{fixed(interval['low'], places, sign=True)} to {fixed(interval['high'], places, sign=True)}"
+    start = f"{_sizes(name, shift, base_name, base)}: "
+    if verdict == "undecided":
+        start += f"undecided, for the interval of the paired difference, {ends}, contains zero."
+    else:
+        side = "below" if verdict == "smaller" else "above"
+        start += f"{verdict} with NAG, for the interval of the paired difference, {ends}, lies {side} zero."
+    smaller, larger = sides_by_time(difference)
+    count = len(difference["by_time"])
+    return (
+        f"{start} Taken one by one, the shift is smaller with NAG at {smaller} of {count} times and larger at {larger}."
+    )
+
+
+def sides_by_time(difference: Mapping[str, Any]) -> tuple[int, int]:
+    """At how many times the interval of an entry of "differences" lies below zero, and at how many above."""
+    sides = [side_of_zero((at_time["low"], at_time["high"]), "below", "above") for at_time in difference["by_time"]]
+    return sides.count("below"), sides.count("above")
+
+
+def _unpaired_sentence(name: str, shift: Mapping[str, Any], base_name: str, base: Mapping[str, Any]) -> str:
+    size, base_size = (shift_size(each)["estimate"] for each in (shift, base))
     if size is None or base_size is None:
         return f"The shifts of {name} and {base_name} could not be calibrated, so they are not compared."
     smaller, larger = 0, 0
@@ -94,8 +120,7 @@ def _nag_sentence(name: str, shift: Mapping[str, Any], base_name: str, base: Map
         if _are_apart(interval, base_interval):
             smaller += interval[1] < base_interval[0]
             larger += interval[0] > base_interval[1]
-    sizes = [fixed(value, decimals((base_size, size))) for value in (base_size, size)]
-    start = f"The mean absolute shift in t is {sizes[0]} with {base_name} and {sizes[1]} with {name}: "
+    start = f"{_sizes(name, shift, base_name, base)}: "
     count = len(shift["shifts"])
     if smaller == larger == 0:
         return f"{start}undecided, for the intervals of the shift's size overlap at all {count} times."
@@ -105,6 +130,21 @@ def _nag_sentence(name: str, shift: Mapping[str, Any], base_name: str, base: Map
     if not agrees:
         return f"{start}mixed, for only {times} of {count} times have intervals apart, and there it is {word} with NAG."
     return f"{start}{word} with NAG, with intervals apart at {times} of {count} times."
+
+
+def _sizes(name: str, shift: Mapping[str, Any], base_name: str, base: Mapping[str, Any]) -> str:
+    sizes = [shift_size(each)["estimate"] for each in (base, shift)]
+    places = decimals(sizes)
+    return (
+        f"The mean absolute shift in t is {fixed(sizes[0], places)} with {base_name} and {fixed(sizes[1], places)} "
+        f"with {name}"
+    )
+
+
+def shift_size(shift: Mapping[str, Any]) -> Mapping[str, float | None]:
+    """The mean absolute shift of an entry of "methods": "estimate", "low" and "high", each None where it is missing."""
+    stored = shift.get("mean_absolute_shift")
+    return stored or {"estimate": mean_absolute_shift(shift), "low": None, "high": None}
 
 
 def mean_absolute_shift(shift: Mapping[str, Any]) -> float | None:

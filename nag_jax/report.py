@@ -20,10 +20,11 @@ from nag_jax.findings import (
     decimals,
     distance_findings,
     fixed,
-    mean_absolute_shift,
     number,
     shift_findings,
+    shift_size,
     side_of_zero,
+    sides_by_time,
 )
 from nag_jax.html_page import Html, details, document, element, escaped, image, paragraph, section, side_by_side, table
 from nag_jax.metric_writer import read_metrics
@@ -44,35 +45,36 @@ class Evaluation:
     noise_shift_png: bytes
 
 
-def write_report(workdir: epath.PathLike) -> epath.Path:
-    """Writes WORKDIR/report.html from the folder's config.json, environment.json, metrics.jsonl and newest evaluation.
+def write_report(workdir: epath.PathLike, evaluation: epath.PathLike | None = None) -> epath.Path:
+    """Writes WORKDIR/report.html from the folder's config.json, environment.json, metrics.jsonl and one evaluation.
 
     Args:
         workdir: a work folder, local or remote. All but config.json may be missing: the report says what is.
+        evaluation: the eval/step_N/NAME folder to show; the newest if None.
 
     Returns:
         The path of the report.
 
     Raises:
-        UserError: config.json is missing, or a file is damaged.
+        UserError: config.json is missing, a file is damaged, or `evaluation` is no finished evaluation.
         NagJaxError: the report cannot be written.
     """
     workdir = epath.Path(workdir)
     config = _read_object(workdir / "config.json")
     environment = _read_object_if_there(workdir / "environment.json")
     lines = read_metrics(workdir)
-    evaluation = newest_evaluation(workdir)
+    shown = newest_evaluation(workdir) if evaluation is None else read_evaluation(epath.Path(evaluation))
     title = f"Noise Awareness Guidance on {config.get('data', {}).get('name', 'unnamed data')}"
     sections = [
         element("h1", title),
-        paragraph(_setup(config, environment, lines, evaluation), "soft"),
-        _seen(config, lines, evaluation),
-        _samples(evaluation),
-        _distances(evaluation),
-        _shift(evaluation),
+        paragraph(_setup(config, environment, lines, shown), "soft"),
+        _seen(config, lines, shown),
+        _samples(shown),
+        _distances(shown),
+        _shift(shown),
         _training(lines),
-        _cost(evaluation, environment),
-        _settings(config, environment, evaluation),
+        _cost(shown, environment),
+        _settings(config, environment, shown),
     ]
     storage.write_bytes(workdir / "report.html", document(title, sections).encode())
     return workdir / "report.html"
@@ -92,10 +94,21 @@ def newest_evaluation(workdir: epath.Path) -> Evaluation | None:
     if not finished:
         return None
     step, _, name = max(finished)
-    folder = workdir / "eval" / f"step_{step}" / name
+    return read_evaluation(workdir / "eval" / f"step_{step}" / name)
+
+
+def read_evaluation(folder: epath.Path) -> Evaluation:
+    """The files of a finished evaluation, an eval/step_N/NAME folder.
+
+    Raises:
+        UserError: the folder holds none, or one of its files is damaged.
+    """
+    step = folder.parent.name.removeprefix("step_")
+    if not step.isdigit() or not (folder / "metrics.json").exists():
+        raise UserError(f"{folder} holds no finished evaluation; give an eval/step_N/NAME folder with metrics.json.")
     return Evaluation(
         folder=folder,
-        step=step,
+        step=int(step),
         conditions=_read_object_if_there(folder / "conditions.json"),
         metrics=_read_object(folder / "metrics.json", "methods", "features"),
         noise_shift=_read_object_if_there(folder / "noise_shift.json", "methods"),
@@ -243,8 +256,8 @@ def _shift(evaluation: Evaluation | None) -> Html:
         parts.append(image(evaluation.noise_shift_png, "Noise shift of each method over t", caption))
     level = f"{100 * control['confidence_level']:g}%"
     of_times = [[methods[name]["shifts"][i] for name in names] for i in range(len(control["shifts"]))]
-    sizes = [mean_absolute_shift(methods[name]) for name in names]
-    places = max(4, decimals(sizes, digits=2))
+    sizes = [shift_size(methods[name]) for name in names]
+    places = max(4, decimals([size["estimate"] for size in sizes], digits=2))
     parts.append(
         table(
             ["t", *names],
@@ -253,10 +266,13 @@ def _shift(evaluation: Evaluation | None) -> Html:
                 for row in of_times
             ],
             caption=f"Calibrated shift in units of t, with {level} intervals; bold where the interval excludes zero",
-            foot=["mean |shift|", *(fixed(size, places) for size in sizes)],
+            foot=["mean |shift|", *(_measured(*_ends(size), places) for size in sizes)],
             numeric=range(1, len(names) + 1),
         )
     )
+    differences = evaluation.noise_shift.get("differences")
+    if differences:
+        parts.append(_size_differences(differences, level, places))
     answers = table(
         ["t", "forward control", *names],
         [
@@ -273,10 +289,28 @@ def _shift(evaluation: Evaluation | None) -> Html:
     parts.append(details("The network's answers, not calibrated", answers))
     note = (
         f"Behind each number: {_count(control['num_sampled'])} sampled states and {_count(control['num_forward'])} "
-        f"held-out images. {level} percentile bootstrap intervals over both, each on its own, so a few of many may "
-        "exclude zero by chance. The network's training is not in them."
+        f"held-out images. {level} bootstrap intervals over both, each on its own, so a few of many may exclude zero "
+        "by chance. The network's training is not in them. Sampling error adds to an absolute value, so mean |shift| "
+        "is above zero without any shift."
     )
     return section("Noise shift", *parts, paragraph(note, "note soft"))
+
+
+def _size_differences(differences: Json, level: str, places: int) -> Html:
+    """Whether NAG makes the shift smaller: every method with it against the same without, in pairs."""
+    rows = []
+    for name, difference in differences.items():
+        mean, count = difference["mean_absolute"], len(difference["by_time"])
+        verdict = side_of_zero((mean["low"], mean["high"]), "smaller", "larger")
+        times = [f"{side} of {count}" for side in sides_by_time(difference)]
+        rows.append([f"{name} against {difference['against']}", _difference(*_ends(mean), places), verdict, *times])
+    return table(
+        ["method", "difference of mean |shift|", "with NAG", "times smaller", "times larger"],
+        rows,
+        caption=f"Paired difference of the shift's size in units of t, with {level} intervals; below zero, NAG made it "
+        "smaller",
+        numeric=(1, 3, 4),
+    )
 
 
 def _training(lines: Sequence[Json]) -> Html:
@@ -301,16 +335,25 @@ def _training(lines: Sequence[Json]) -> Html:
 def _cost(evaluation: Evaluation | None, environment: Json) -> Html:
     parts = []
     if evaluation:
-        evaluations = {name: result["evaluations_per_image"] for name, result in evaluation.metrics["methods"].items()}
-        plain = evaluations.get("plain")
-        rows = [[name, _count(count), f"{count / plain:.3g} ×" if plain else ""] for name, count in evaluations.items()]
-        caption = "Network evaluations behind one image"
-        parts.append(table(["method", "evaluations", "of plain"], rows, caption=caption, numeric=(1, 2)))
+        methods = evaluation.metrics["methods"]
+        plain = methods.get("plain", {}).get("evaluations_per_image")
+        header, caption = ["method", "evaluations", "of plain"], "Network evaluations behind one image"
+        rows = []
+        for name, result in methods.items():
+            count = result["evaluations_per_image"]
+            rows.append([name, _count(count), f"{count / plain:.3g} ×" if plain else ""])
+        calls = [result.get("estimator_calls_per_image") or 0 for result in methods.values()]
+        if any(calls):
+            header = [*header, "estimator calls"]
+            caption += ", and calls of the noise-level estimator that guides"
+            rows = [[*row, _count(count)] for row, count in zip(rows, calls, strict=True)]
+        parts.append(table(header, rows, caption=caption, numeric=(1, 2, 3)))
     seconds = environment.get("seconds")
     if seconds:
         rows = [[stage, fixed(value, 1)] for stage, value in seconds.items()]
         total = ["together", fixed(sum(value or 0.0 for value in seconds.values()), 1)]
-        caption = f"Wall time on {environment.get('device', 'an unnamed device')}"
+        devices = [record["device"] for record in _stages(environment).values() if record.get("device")]
+        caption = f"Wall time on {' and '.join(dict.fromkeys(devices)) or 'an unnamed device'}"
         parts.append(table(["stage", "seconds"], rows, caption=caption, foot=total, numeric=(1,)))
     return section("Cost", side_by_side(*parts) if parts else _missing("Not measured yet."))
 
@@ -319,15 +362,7 @@ def _settings(config: Json, environment: Json, evaluation: Evaluation | None) ->
     defaults = dict(key_paths(storage.as_json(to_dict(Config()))))
     settings = dict(key_paths(config))
     changed = {key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}
-    commit, command = environment.get("commit"), environment.get("command")
-    parts = []
-    if command:
-        checkout = f"git checkout {commit.removesuffix('+changes')}\n" if commit else ""
-        parts.append(element("pre", checkout + command))
-    else:
-        parts.append(_missing("The command was not recorded; the settings below hold every value of the run."))
-    if commit and commit.endswith("+changes"):
-        parts.append(paragraph("The source tree differed from that commit.", "note soft"))
+    parts = _commands(environment)
     parts.append(details("Settings that differ from the defaults", _values(changed)))
     parts.append(details("All settings", _values(settings)))
     if evaluation:
@@ -338,6 +373,36 @@ def _settings(config: Json, environment: Json, evaluation: Evaluation | None) ->
         where = f"eval/step_{evaluation.step}/{evaluation.folder.name}"
         parts.append(paragraph(f"The numbers above are in {where}, the losses in metrics.jsonl.", "note soft"))
     return section("How to reproduce", *parts)
+
+
+def _stages(environment: Json) -> dict[str, Json]:
+    """Where each stage ran: its command, commit, versions and device; one record of all without stages."""
+    stages = {name: environment[name] for name in ("training", "evaluation") if environment.get(name)}
+    return stages or {"": environment}
+
+
+def _commands(environment: Json) -> list[Html]:
+    """The recorded commands in their order, each once, with the commit before it where that changes."""
+    lines: list[str] = []
+    commands: list[str] = []
+    commit = None
+    for record in _stages(environment).values():
+        command = record.get("command")
+        if not command or command in commands:
+            continue
+        of_command = (record.get("commit") or "").removesuffix("+changes")
+        if of_command and of_command != commit:
+            commit = of_command
+            lines.append(f"git checkout {commit}")
+        commands.append(command)
+        lines.append(command)
+    if not commands:
+        return [_missing("The command was not recorded; the settings below hold every value of the run.")]
+    where = "In the project's folder, with its environment active (source .venv/bin/activate):"
+    parts = [paragraph(where), element("pre", "\n".join(lines))]
+    if any((record.get("commit") or "").endswith("+changes") for record in _stages(environment).values()):
+        parts.append(paragraph("The source tree differed from a commit named here.", "note soft"))
+    return parts
 
 
 def _values(values: Json) -> Html:

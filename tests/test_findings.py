@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from nag_jax.findings import decimals, distance_findings, fixed, mean_absolute_shift, number, shift_findings
+from nag_jax.findings import decimals, distance_findings, fixed, mean_absolute_shift, number, shift_findings, shift_size
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -117,11 +117,47 @@ def test_nag_is_compared_with_the_same_method_without_it() -> None:
 def test_shifts_that_could_not_be_calibrated() -> None:
     unknown, partly = shift(*[None] * 5), shift(None, *[-0.02] * 4)
     assert mean_absolute_shift(unknown) is None
-    assert mean_absolute_shift(partly) == pytest.approx(0.02)
+    assert mean_absolute_shift(partly) == shift_size(partly)["estimate"] == pytest.approx(0.02)
+    stored = {"estimate": 0.03, "low": 0.02, "high": 0.04}
+    assert shift_size(partly | {"mean_absolute_shift": stored}) == stored
     text = shift_findings({"methods": {"plain": partly, "nag": unknown}})[-1]
     assert "could not be calibrated" in text
     text = shift_findings({"methods": {"plain": partly, "nag": shift(*[0.005] * 5)}})[-1]
     assert "smaller with NAG, with intervals apart at 4 of 5 times" in text
+
+
+def paired(mean: float | None, *by_time: float, width: float = 0.001) -> dict[str, Any]:
+    def around(value: float | None) -> dict[str, float | None]:
+        low, high = (None, None) if value is None else (value - width, value + width)
+        return {"estimate": value, "low": low, "high": high}
+
+    of_times = [{"t": t} | around(v) for t, v in zip(TIMES, by_time, strict=True)]
+    return {"nag": {"against": "plain", "mean_absolute": around(mean), "by_time": of_times}}
+
+
+@pytest.mark.parametrize(
+    ("mean", "by_time", "expected"),
+    [
+        (-0.004, (-0.01, -0.01, 0.0005, -0.01, 0.01), "smaller with NAG, for the interval of the paired difference, "),
+        (0.004, (0.01, 0.01, 0.0005, 0.01, -0.01), "larger with NAG, for the interval of the paired difference, "),
+        (
+            0.0005,
+            (0.0, 0.0, 0.0, 0.0, 0.0),
+            "undecided, for the interval of the paired difference, −0.0005 to +0.0015,",
+        ),
+    ],
+)
+def test_pairs_decide_where_the_intervals_of_the_shifts_overlap(
+    mean: float, by_time: tuple[float, ...], expected: str
+) -> None:
+    methods = {"plain": shift(*[0.02] * 5, width=0.01), "nag": shift(*[0.02 + mean] * 5, width=0.01)}
+    assert "undecided" in shift_findings({"methods": methods})[-1]
+    text = shift_findings({"methods": methods, "differences": paired(mean, *by_time)})[-1]
+    assert f"0.0200 with plain and {0.02 + mean:.4f} with nag: {expected}" in text
+    smaller, larger = sum(v <= -0.01 for v in by_time), sum(v >= 0.01 for v in by_time)
+    assert f"smaller with NAG at {smaller} of 5 times and larger at {larger}." in text
+    unknown = shift_findings({"methods": methods, "differences": paired(None, *by_time)})[-1]
+    assert "could not be calibrated" in unknown
 
 
 @pytest.mark.parametrize(

@@ -164,9 +164,9 @@ def write_evaluation(
     return folder
 
 
-def read(workdir: Path) -> tuple[str, Checker]:
+def read(workdir: Path, evaluation: Path | None = None) -> tuple[str, Checker]:
     """The report's source, and its parsed content with white space made even."""
-    source = Path(write_report(workdir)).read_text()
+    source = Path(write_report(workdir, evaluation)).read_text()
     checker = Checker()
     checker.feed(source)
     checker.close()
@@ -278,6 +278,62 @@ def test_newest_evaluation_is_reported(workdir: Path) -> None:
     os.utime(workdir / "eval/step_1000/euler/metrics.json", (2e9, 2e9))
     text = read(workdir)[1].text
     assert "at a Fréchet distance of 33.3" in text and "eval/step_1000/euler" in text
+
+
+def test_evaluation_that_was_asked_for_is_reported(workdir: Path) -> None:
+    write_evaluation(workdir, "step_1000/euler", make_metrics({"plain": 33.3}))
+    text = read(workdir, workdir / "eval/step_400/euler")[1].text
+    assert "at a Fréchet distance of 12.0" in text and "Trained for 400 steps" in text
+    assert "eval/step_400/euler" in text and "33.3" not in text
+    storage.write_json(workdir / "eval/step_2000/unfinished/conditions.json", {})
+    for other in ("eval/step_2000/unfinished", "eval/step_400", "eval/missing"):
+        with pytest.raises(UserError, match="no finished evaluation"):
+            write_report(workdir, workdir / other)
+
+
+def test_every_stage_has_its_command(workdir: Path) -> None:
+    training = {"command": "train it", "commit": "aaaa", "versions": {"jax": "0.10.2"}, "device": "cpu x1"}
+    evaluation = training | {"command": "evaluate it", "commit": "bbbb+changes", "device": "tpu x4"}
+
+    def reproduce(**stages: Any) -> str:
+        storage.write_json(workdir / "environment.json", stages | {"seconds": {"training": 1.0}})
+        text = read(workdir)[1].text
+        assert "its environment active (source .venv/bin/activate)" in text
+        return text
+
+    text = reproduce(training=training, evaluation=evaluation)
+    assert "git checkout aaaa train it git checkout bbbb evaluate it The source tree differed" in text
+    assert "Wall time on cpu x1 and tpu x4" in text
+    same_commit = reproduce(training=training, evaluation=training | {"command": "evaluate it"})
+    assert "git checkout aaaa train it evaluate it" in same_commit and "differed from a commit" not in same_commit
+    in_one = reproduce(training=training, evaluation=training).split("How to reproduce")[1]
+    assert "train it train it" not in in_one and "Wall time on cpu x1" in reproduce(training=training)
+    assert "git checkout bbbb evaluate it" in reproduce(evaluation=evaluation)
+
+
+def test_estimator_calls_are_a_cost(workdir: Path) -> None:
+    assert "estimator calls" not in read(workdir)[1].text
+    metrics = make_metrics(DISTANCES)
+    for name, result in metrics["methods"].items():
+        result["estimator_calls_per_image"] = 17 if name == "nag" else 0
+    write_evaluation(workdir, "step_500/euler", metrics)
+    text = read(workdir)[1].text
+    assert "of plainestimator calls" in text
+    assert "nag402 ×17" in text and "cfg402 ×0" in text
+
+
+def test_sizes_of_shifts_are_compared_in_pairs(workdir: Path) -> None:
+    noise_shift = make_noise_shift({"plain": 0.02, "nag": 0.019}, width=0.01)
+    for name, size in (("plain", 0.02), ("nag", 0.019)):
+        noise_shift["methods"][name]["mean_absolute_shift"] = {"estimate": size, "low": 0.015, "high": 0.025}
+    around = {"estimate": -0.001, "low": -0.0015, "high": -0.0005}
+    by_time = [{"t": t} | around for t in TIMES]
+    noise_shift["differences"] = {"nag": {"against": "plain", "mean_absolute": around, "by_time": by_time}}
+    write_evaluation(workdir, "step_500/euler", make_metrics({"plain": 12.0, "nag": 8.0}), noise_shift)
+    text = read(workdir)[1].text
+    assert "nag against plain−0.0010−0.0015 to −0.0005smaller5 of 50 of 5" in text
+    assert "mean |shift|0.02000.0150 to 0.02500.01900.0150 to 0.0250" in text
+    assert "smaller with NAG, for the interval of the paired difference" in text
 
 
 def test_folder_without_an_evaluation(workdir: Path) -> None:
