@@ -6,16 +6,21 @@ Nothing is measured here: a finished folder rebuilds its report at any time. The
 
 from __future__ import annotations
 
-import dataclasses
 import html
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from etils import epath
 
 from nag_jax import figures, storage
 from nag_jax.config import Config, key_paths, to_dict
-from nag_jax.errors import UserError
+from nag_jax.evaluation_files import (
+    Evaluation,
+    Json,
+    newest_evaluation,
+    read_evaluation,
+    read_object,
+    read_object_if_there,
+)
 from nag_jax.findings import (
     decimals,
     distance_findings,
@@ -28,21 +33,6 @@ from nag_jax.findings import (
 )
 from nag_jax.html_page import Html, details, document, element, escaped, image, paragraph, section, side_by_side, table
 from nag_jax.metric_writer import read_metrics
-
-Json = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The files of one eval/step_N/NAME folder; empty for one that is not there."""
-
-    folder: epath.Path
-    step: int
-    conditions: Json
-    metrics: Json
-    noise_shift: Json
-    samples_png: bytes
-    noise_shift_png: bytes
 
 
 def write_report(workdir: epath.PathLike, evaluation: epath.PathLike | None = None) -> epath.Path:
@@ -60,8 +50,8 @@ def write_report(workdir: epath.PathLike, evaluation: epath.PathLike | None = No
         NagJaxError: the report cannot be written.
     """
     workdir = epath.Path(workdir)
-    config = _read_object(workdir / "config.json")
-    environment = _read_object_if_there(workdir / "environment.json")
+    config = read_object(workdir / "config.json")
+    environment = read_object_if_there(workdir / "environment.json")
     lines = read_metrics(workdir)
     shown = newest_evaluation(workdir) if evaluation is None else read_evaluation(epath.Path(evaluation))
     title = f"Noise Awareness Guidance on {config.get('data', {}).get('name', 'unnamed data')}"
@@ -78,59 +68,6 @@ def write_report(workdir: epath.PathLike, evaluation: epath.PathLike | None = No
     ]
     storage.write_bytes(workdir / "report.html", document(title, sections).encode())
     return workdir / "report.html"
-
-
-def newest_evaluation(workdir: epath.Path) -> Evaluation | None:
-    """The finished evaluation of the latest step, of several at one step the one written last; None without any.
-
-    Raises:
-        UserError: one of its files is damaged.
-    """
-    finished = []
-    for path in workdir.glob("eval/step_*/*/metrics.json"):
-        step = path.parent.parent.name.removeprefix("step_")
-        if step.isdigit():
-            finished.append((int(step), path.stat().mtime, path.parent.name))
-    if not finished:
-        return None
-    step, _, name = max(finished)
-    return read_evaluation(workdir / "eval" / f"step_{step}" / name)
-
-
-def read_evaluation(folder: epath.Path) -> Evaluation:
-    """The files of a finished evaluation, an eval/step_N/NAME folder.
-
-    Raises:
-        UserError: the folder holds none, or one of its files is damaged.
-    """
-    step = folder.parent.name.removeprefix("step_")
-    if not step.isdigit() or not (folder / "metrics.json").exists():
-        raise UserError(f"{folder} holds no finished evaluation; give an eval/step_N/NAME folder with metrics.json.")
-    return Evaluation(
-        folder=folder,
-        step=int(step),
-        conditions=_read_object_if_there(folder / "conditions.json"),
-        metrics=_read_object(folder / "metrics.json", "methods", "features"),
-        noise_shift=_read_object_if_there(folder / "noise_shift.json", "methods"),
-        samples_png=_read_bytes_if_there(folder / "samples.png"),
-        noise_shift_png=_read_bytes_if_there(folder / "noise_shift.png"),
-    )
-
-
-def _read_object(path: epath.Path, *needed: str) -> Json:
-    """A JSON file that holds an object, with an object under each of the `needed` keys."""
-    content = storage.read_json(path)
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in needed):
-        raise UserError(f"{path} is damaged. Delete it, and run the command that wrote it again.")
-    return content
-
-
-def _read_object_if_there(path: epath.Path, *needed: str) -> Json:
-    return _read_object(path, *needed) if path.exists() else {}
-
-
-def _read_bytes_if_there(path: epath.Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
 
 
 def _setup(config: Json, environment: Json, lines: Sequence[Json], evaluation: Evaluation | None) -> str:
