@@ -1,4 +1,4 @@
-"""Descriptions and fine-tuning: what may change between the source and the new run, and how the null embedding starts."""
+"""Descriptions and fine-tuning: what may change from the source to the new run, and where the null embedding starts."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def make_comparison(
                 "interval": measured["interval"],
                 # None for plain sampling itself, and everywhere if the grid is without it.
                 "difference_to_plain": measured.get("difference_to_plain"),
-                "mean_absolute_shift": shifts[name].mean_absolute_shift._asdict(),
+                "mean_absolute_shift": shifts[name].mean_absolute_shift.to_json(),
                 "shifts": shifts[name].to_json()["shifts"],
             }
         )

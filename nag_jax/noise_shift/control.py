@@ -8,10 +8,11 @@ from nag_jax.errors import UserError
 
 
 def matched_images(sample_labels: np.ndarray, labels: np.ndarray, limit: int) -> np.ndarray:
-    """Held-out images with the labels of the first samples.
+    """Held-out images with the labels of the samples.
 
-    Goes through the samples in order and takes for each the next unused image of its class, until a class has none
-    left. No image comes twice: a repeated one would count as independent in a bootstrap.
+    Goes through the samples in order and takes for each the next unused image of its class; a sample whose class has
+    none left is passed over. No image comes twice: a repeated one would count as independent in a bootstrap. So the
+    classes are in the samples' proportions as far as the held-out images go.
 
     Args:
         sample_labels: of the samples, int [N].
@@ -19,7 +20,7 @@ def matched_images(sample_labels: np.ndarray, labels: np.ndarray, limit: int) ->
         limit: images at most.
 
     Returns:
-        Indices of images, int64 [K], K <= limit: the label of image indices[i] is that of sample i.
+        Indices of images, int64 [K], K <= limit, in the order of the samples that they stand beside.
 
     Raises:
         UserError: fewer than two images match.
@@ -28,15 +29,13 @@ def matched_images(sample_labels: np.ndarray, labels: np.ndarray, limit: int) ->
     for index in reversed(range(len(labels))):
         unused.setdefault(int(labels[index]), []).append(index)
     indices: list[int] = []
-    for label in map(int, sample_labels[:limit]):
-        if not unused.get(label):
-            break
-        indices.append(unused[label].pop())
+    for label in map(int, sample_labels):
+        if len(indices) < limit and unused.get(label):
+            indices.append(unused[label].pop())
     if len(indices) < 2:
         raise UserError(
-            f"Of {len(labels)} held-out images {len(indices)} can stand beside the samples' labels (noise_shift."
-            f"num_forward = {limit} at most), and the noise shift needs at least 2: the classes of the first samples "
-            "have too few. Raise config.eval.num_reference or config.noise_shift.num_forward, or choose another "
+            f"Of {len(labels)} held-out images only {len(indices)} have a label of the samples, and the noise shift "
+            "needs at least 2. Raise config.eval.num_reference or config.eval.num_samples, or choose another "
             "config.data.eval_split."
         )
     return np.asarray(indices, np.int64)

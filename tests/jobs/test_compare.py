@@ -18,7 +18,7 @@ from nag_jax.diffusion.guidance import cfg, nag, plain
 from nag_jax.diffusion.sampler import Program, Sampler
 from nag_jax.errors import UserError
 from nag_jax.findings import mean_absolute_shift
-from nag_jax.jobs import compare, drawing, evaluate
+from nag_jax.jobs import compare, evaluate, methods
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # After six steps from zero only the parameters themselves, not yet their average, tell the branches apart.
@@ -54,7 +54,7 @@ def compared(finished: Path, runs, tmp_path_factory: pytest.TempPathFactory) -> 
             programs.append(self.program)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "Sampler", RecordedSampler)
+        patch.setattr(methods, "Sampler", RecordedSampler)
         evaluate.run(config, workdir, workdir)
         folder = compare.run(config, workdir, workdir)
     assert folder == workdir / "compare" / "mine"
@@ -119,7 +119,8 @@ def grid(**scales: tuple[float, ...]) -> Config:
 
 def test_a_sweep_compiles_once(compared: Compared):
     """One program for six pairs of weights, and the same one that the evaluation with four methods had."""
-    assert len(compared.programs) == 2 and len(set(compared.programs)) == 1
+    # Each job makes its samplers twice, first to refuse mistakes early.
+    assert len(compared.programs) == 4 and len(set(compared.programs)) == 1
 
 
 def test_methods_follow_the_config():
