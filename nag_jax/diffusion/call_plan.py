@@ -123,8 +123,6 @@ def check_guidance(
             )
         if branch.noise == "posterior" and estimator is None:
             raise UserError(f"Guidance {name!r} has a posterior null branch: pass `estimator`.")
-
-
         if not branch.drop_label and network.num_classes != networks[MODEL].num_classes:
             raise UserError(
                 f"Guidance {name!r} asks network {branch.network!r} for a class, but it has {network.num_classes} "

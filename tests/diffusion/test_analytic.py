@@ -158,8 +158,8 @@ def corrections(mixture: Mixture, t: float, null) -> list[float]:
 @pytest.mark.parametrize(
     ("t", "expected"), [(0.1, "+.063 +.142 +.392"), (0.3, "+.060 +.159 +.214"), (0.6, "-.042 +.060 +.040")]
 )
-def test_published_gap_between_mixing_spaces_with_a_noisier_null(t: float, expected: str) -> None:
-    """METHOD 3, N(0, 1) data on the linear path: the null branch is the network at t + .02."""
+def test_known_gap_between_mixing_spaces_with_a_noisier_null(t: float, expected: str) -> None:
+    """N(0, 1) data on the linear path: the null branch is the network at t + .02."""
     mixture = make_mixture(Linear(), [[0.0]], covariances=1.0)
     values = corrections(mixture, t, lambda x, t, kind: mixture.posterior_mean(mixture.params, x, t + 0.02, kind))
     assert " ".join(f"{value:+.3f}".replace("0.", ".", 1) for value in values) == expected
@@ -174,8 +174,8 @@ def test_published_gap_between_mixing_spaces_with_a_noisier_null(t: float, expec
         (0.9, "0.388 -0.141 -0.489"),
     ],
 )
-def test_published_gap_between_mixing_spaces_with_the_exact_null(t: float, expected: str) -> None:
-    """METHOD 3: the same under uniform p(t); what the null branch averages matters, and even changes the sign."""
+def test_known_gap_between_mixing_spaces_with_the_exact_null(t: float, expected: str) -> None:
+    """The same under uniform p(t); what the null branch averages matters, and even changes the sign."""
     mixture = make_mixture(Linear(), [[0.0]], covariances=1.0, levels=Linear().levels(2000))
     values = corrections(mixture, t, lambda x, _, kind: mixture.marginal_mean(mixture.params, x, kind))
     assert " ".join(f"{value:.3g}" for value in values) == expected
@@ -222,7 +222,7 @@ def test_low_rank_data_equal_their_dense_covariance() -> None:
 
 
 def test_posterior_of_t_concentrates_for_low_rank_data_in_a_high_dimension() -> None:
-    """Var[t | x] ~ t^2 / (2 d), and the mean is the true t within that width (METHOD 2)."""
+    """Var[t | x] ~ t^2 / (2 d), and the mean is the true t within that width."""
     dimension, t = 2000, 0.4
     levels = np.linspace(0.36, 0.44, 161)
     mixture = low_rank_mixture(dimension, levels)

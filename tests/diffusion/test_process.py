@@ -124,7 +124,7 @@ def test_check_conversion_says_where_no_answer_exists() -> None:
 
 
 def test_linear_path_formulas() -> None:
-    """METHOD: x_0 = x - t v, eps = x + (1 - t) v, score = -eps / t."""
+    """x_0 = x - t v, eps = x + (1 - t) v, score = -eps / t."""
     t = np.array([0.2, 0.7])
     assert np.allclose(Linear().conversion(t, "velocity", "data"), [np.ones(2), -t])
     assert np.allclose(Linear().conversion(t, "velocity", "noise"), [np.ones(2), 1 - t])
@@ -180,7 +180,7 @@ def test_ddpm_levels_are_those_of_the_cumulative_product() -> None:
     np.testing.assert_allclose(DDPM().sigma(t) ** 2, 1.0 - alpha_bars, rtol=1e-12)
     device = DDPM().alpha(jnp.asarray(t, jnp.float32))
     np.testing.assert_allclose(device**2, alpha_bars, rtol=2e-5)
-    # METHOD 1: no level is exact data or exact noise.
+    # No level is exact data or exact noise.
     assert f"{DDPM().sigma(t[0]):.4f}" == "0.0100" and f"{DDPM().alpha(t[-1]):.5f}" == "0.00635"
 
 
@@ -265,7 +265,7 @@ def test_times_of_sigma_and_of_ratio_are_inverses(process: Process) -> None:
 
 
 def test_shift_numbers_of_the_linear_path() -> None:
-    """METHOD 2, sigma_e = .05: shift to the level of the same signal-to-noise ratio, and to that of the same sigma."""
+    """sigma_e = .05: shift to the level of the same signal-to-noise ratio, and to that of the same sigma."""
     for t, ratio_shift, sigma_shift in (
         (0.1, ".0105", ".0118"),
         (0.5, ".0012", ".0025"),
@@ -278,7 +278,7 @@ def test_shift_numbers_of_the_linear_path() -> None:
 
 
 def test_paper_shift_has_no_solution_near_pure_noise_on_ddpm() -> None:
-    """METHOD 2: sigma_t^2 + sigma_e^2 > 1 at 231 of the 1000 steps for sigma_e = .05."""
+    """sigma_t^2 + sigma_e^2 > 1 at 231 of the 1000 steps for sigma_e = .05."""
     sigma = np.sqrt(DDPM().sigma(DDPM().levels(1000)) ** 2 + 0.05**2)
     assert (sigma > 1.0).sum() == 231
     unsolved = np.isnan(DDPM().time_of_sigma(sigma))
