@@ -6,12 +6,12 @@ Resuming is the same command again: the newest checkpoint is restored and the da
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 
 from nag_jax import loading, storage
@@ -64,7 +64,7 @@ def run(config: Config, workdir: epath.Path) -> epath.Path:
     state, shardings = make_state(experiment, checkpoints)
     first_step = int(state.step)
     if first_step:
-        logging.info("Resuming at step %d of %s", first_step, workdir)
+        print(f"Going on at step {first_step} of {workdir}.", file=sys.stderr, flush=True)
 
     # 4. The loop.
     state = train(experiment, checkpoints, state, shardings) if first_step < config.num_steps else state
