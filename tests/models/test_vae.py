@@ -57,6 +57,8 @@ def random_state(config, prefix=""):
             state[name] = 0.2 * values + np.float32("norm" in name and name.endswith("weight"))
         else:
             state[name] = values * np.float32(np.prod(entry.shape[1:]) ** -0.5)
+        if "conv_in" in name:
+            state[name] *= np.float32(0.1)  # a small variance at the first norms shows their epsilon
     return state
 
 
