@@ -79,18 +79,22 @@ def settings(path: epath.PathLike) -> dict[str, Any]:
 def write_state_dict(path: epath.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes float32 arrays by name as a file that `torch.load(path, weights_only=True)` reads.
 
+    The members bear no date, so equal arrays make equal files.
+
     Raises:
         NagJaxError: the file cannot be written.
     """
     path = epath.Path(path)
     try:
         with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr("archive/data.pkl", _pickle(tensors))
-            archive.writestr("archive/byteorder", "little")
+            archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickle(tensors))
+            archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
             for number, array in enumerate(tensors.values()):
-                archive.writestr(f"archive/data/{number}", np.ascontiguousarray(array, "<f4").tobytes())
-            archive.writestr("archive/version", "3\n")
+                member = zipfile.ZipInfo(f"archive/data/{number}")
+                archive.writestr(member, np.ascontiguousarray(array, "<f4").tobytes())
+            archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
     except OSError as error:
+        path.unlink(missing_ok=True)
         raise NagJaxError(
             f"Cannot write {path}: {error.strerror or error}. Free space or choose another path."
         ) from error
