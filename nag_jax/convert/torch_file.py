@@ -8,13 +8,12 @@ that a hostile file can do nothing. What the tensors mean is `tables.py`'s affai
 from __future__ import annotations
 
 import collections
-import dataclasses
 import io
 import math
 import pickle
 import zipfile
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +35,7 @@ STORAGES: dict[str, np.dtype[Any]] = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
+LARGEST_TENSOR = 2**40  # elements; a view may have more of them than its storage
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that a file of torch before 1.6 starts with
 
 
@@ -100,17 +100,15 @@ def write_state_dict(path: epath.PathLike, tensors: Mapping[str, np.ndarray]) ->
         ) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    """Numbers of one member of the archive, not read yet."""
+class _Storage(NamedTuple):
+    """Numbers of one member of the archive, not read yet. A tuple, for a pickle can change no field of one."""
 
     key: str
     dtype: np.dtype[Any]
     size: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     """A view of a storage, in elements; unchecked, as the pickle says."""
 
     storage: Any
@@ -150,7 +148,7 @@ class _Archive:
         storage, offset, shape, strides = tensor.storage, tensor.offset, tensor.shape, tensor.strides
         numbers = [offset, *shape, *strides] if isinstance(shape, tuple) and isinstance(strides, tuple) else [None]
         sensible = isinstance(storage, _Storage) and all(type(n) is int and n >= 0 for n in numbers)
-        if not sensible or len(shape) != len(strides):
+        if not sensible or len(shape) != len(strides) or math.prod(shape) >= LARGEST_TENSOR:
             raise UserError(f"{self.path} is damaged: tensor {name!r} has no sensible shape. Fetch the file again.")
         end = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
         if math.prod(shape) and end > storage.size:
@@ -222,7 +220,7 @@ class _Unpickler(pickle.Unpickler):
             "argparse.Namespace": Settings,
             "builtins.set": set,
             "__builtin__.set": set,
-            **{f"torch.{name}": dtype for name, dtype in STORAGES.items()},
+            **{f"torch.{name}": name for name in STORAGES},  # inert, which a numpy dtype is not
         }
 
     def find_class(self, module: str, name: str, /) -> Any:
@@ -235,10 +233,10 @@ class _Unpickler(pickle.Unpickler):
         return self._known[full_name]
 
     def persistent_load(self, identifier: Any, /) -> _Storage:
-        kind, dtype, key, _, size = identifier
-        if kind != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str or type(size) is not int:
+        kind, storage, key, _, size = identifier
+        if kind != "storage" or storage not in STORAGES or type(key) is not str or type(size) is not int:
             raise pickle.UnpicklingError(f"unknown reference {identifier!r}")
-        return _Storage(key, dtype, size)
+        return _Storage(key, STORAGES[storage], size)
 
 
 def _open_zip(path: epath.PathLike) -> zipfile.ZipFile:

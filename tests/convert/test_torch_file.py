@@ -130,11 +130,14 @@ def test_attributes_of_what_a_file_names_do_not_outlive_it(tmp_path: Path):
     # Sets __setstate__ on the class that stands for argparse.Namespace, then asks for an instance with a state.
     stream = b"\x80\x02cargparse\nNamespace\n(N}U\x0c__setstate__ccollections\nOrderedDict\nstb."
     good = pickle.dumps({"args": argparse.Namespace(a=1)}, protocol=2)
-    for content in (stream, good):
+    # The same on the dtype of a storage.
+    storage = b"\x80\x02ctorch\nFloatStorage\n(K\x03U\x01>NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb."
+    for content in (stream, storage, good):
         path = archive(tmp_path / "w.pt", content)
         with pytest.raises(UserError):
             torch_file.state_dict(path)
     assert torch_file.settings(path) == {"a": 1}
+    assert torch_file.STORAGES["FloatStorage"] == np.dtype("<f4") and np.dtype("<f4").str == "<f4"
 
 
 # Files that are something else, or damaged
@@ -191,5 +194,10 @@ def test_tensors_that_do_not_fit_their_numbers_are_refused(tmp_path: Path):
     longer = content.replace(struct.pack("<i", 2), struct.pack("<i", 3))
     with pytest.raises(UserError, match=r"'a' reaches past"):
         torch_file.state_dict(archive(tmp_path / "w.pt", longer, **{"0": bytes(24)}))
+    huge = content.replace(
+        struct.pack("<i", 2) + b"J" + struct.pack("<i", 3), b"\xff\xff\xff\x7fJ\xff\xff\xff\x7f"
+    ).replace(struct.pack("<i", 3) + b"J" + struct.pack("<i", 1), bytes(4) + b"J" + bytes(4))
+    with pytest.raises(UserError, match=r"'a' has no sensible shape"):
+        torch_file.state_dict(archive(tmp_path / "w.pt", huge, **{"0": bytes(24)}))
     with pytest.raises(UserError, match="data.pkl cannot be read"):
         torch_file.state_dict(archive(tmp_path / "w.pt", content[:-40]))
