@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import nag_jax
+from nag_jax import loading
 from nag_jax.convert import tables, torch_file
 from nag_jax.convert.__main__ import main, recognise_kind
 from nag_jax.errors import UserError
@@ -35,6 +37,11 @@ def test_there_and_back_is_bit_identical(weights: Path, official, tmp_path: Path
     denoiser = nag_jax.load(folder)
     assert denoiser.prediction == "velocity" and denoiser.process.name == "linear"
     assert denoiser.has_null_label and not denoiser.has_null_noise
+
+    # Fine-tuning starts from the tensors of the folder, the new null noise embedding included.
+    with_nag = dataclasses.replace(loading.read_description(folder), has_null_noise=True)
+    start = loading.read_for_fine_tuning(folder, with_nag, "ema")
+    jax.tree.map(np.testing.assert_array_equal, start, denoiser.params)
 
 
 def test_mistakes_leave_with_code_2_and_one_sentence(weights: Path, tmp_path: Path, capsys):
