@@ -1,6 +1,6 @@
 """Converts public DiT and SiT weights to a folder that nag_jax loads, and back.
 
-    python -m nag_jax.convert SiT-XL-2-256x256.pt FOLDER             a folder for nag_jax.load, init_from and the like
+    python -m nag_jax.convert SiT-XL-2-256x256.pt FOLDER             a folder for nag_jax.load
     python -m nag_jax.convert FOLDER weights.pt --to=sit             the official state dict
 
 SOURCE may also be a training checkpoint of the official code, of which the average is taken. No torch is needed, and
