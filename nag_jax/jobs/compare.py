@@ -33,8 +33,8 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     """
     methods = make_methods(config)
     experiment, network = open_trained(config, workdir, checkpoint, methods)
-    measuring = prepare_measuring(experiment, network.params)
-    guiding = prepare_guiding(experiment, network.params, methods)
+    measuring = prepare_measuring(experiment, network)
+    guiding = prepare_guiding(experiment, network, methods)
     feature_net, accuracy = features.prepare(experiment)
     conditions = results.sampling_conditions(experiment, network, methods, guiding) | results.measuring_conditions(
         experiment, feature_net, measuring

@@ -16,7 +16,7 @@ from nag_jax.data.pipeline import make_batches
 from nag_jax.denoiser import Params
 from nag_jax.diffusion.process import make_process
 from nag_jax.diffusion.time_posterior import Estimator
-from nag_jax.jobs.experiment import Experiment
+from nag_jax.jobs.experiment import Experiment, TrainedNetwork
 from nag_jax.jobs.methods import Method
 from nag_jax.models.noise_estimator import NoiseEstimator, build_estimator
 from nag_jax.noise_shift.answers import Answers, forward_answers
@@ -41,13 +41,13 @@ class Measuring(NamedTuple):
     calibration: Calibration
     fingerprint: str
 
-    def forward(self, experiment: Experiment, times: np.ndarray, sample_labels: np.ndarray | None = None) -> Answers:
+    def forward(self, experiment: Experiment, times: np.ndarray, sample_labels: np.ndarray) -> Answers:
         """Its answers on forward states of held-out images at each of `times`, the control of samples.
 
         Args:
             experiment: config and data.
             times: [T].
-            sample_labels: of the samples; the images get the same ones, see `matched_images`. None: all images.
+            sample_labels: of the samples; the images get the same ones, see `matched_images`.
 
         Returns:
             Answers [T, M], of M <= `noise_shift.num_forward` different images.
@@ -57,26 +57,28 @@ class Measuring(NamedTuple):
         """
         images, labels = experiment.eval_arrays
         limit = experiment.config.noise_shift.num_forward
-        control = images[:limit] if sample_labels is None else images[matched_images(sample_labels, labels, limit)]
+        control = images[matched_images(sample_labels, labels, limit)]
         process = make_process(experiment.description.process)
         return forward_answers(self.estimator, process, control, times, seed=experiment.config.eval.seed)
 
 
-def prepare_measuring(experiment: Experiment, params: Params) -> Measuring:
-    """The estimator that measures the noise shift of the network with `params`."""
-    estimator, calibration = prepare(experiment, params, "measure")
+def prepare_measuring(experiment: Experiment, network: TrainedNetwork) -> Measuring:
+    """The estimator that measures the noise shift of `network`."""
+    estimator, calibration = prepare(experiment, network, "measure")
     assert calibration is not None
     return Measuring(estimator, calibration, params_hash(jax.device_get(estimator.params)))
 
 
-def prepare_guiding(experiment: Experiment, params: Params, methods: Mapping[str, Method]) -> Estimator | None:
+def prepare_guiding(
+    experiment: Experiment, network: TrainedNetwork, methods: Mapping[str, Method]
+) -> Estimator | None:
     """The estimator that guides, or None if no method needs one."""
     if not any(method.needs_estimator for method in methods.values()):
         return None
-    return prepare(experiment, params, "guide")[0]
+    return prepare(experiment, network, "guide")[0]
 
 
-def prepare(experiment: Experiment, params: Params, role: Role) -> tuple[Estimator, Calibration | None]:
+def prepare(experiment: Experiment, network: TrainedNetwork, role: Role) -> tuple[Estimator, Calibration | None]:
     """Reads the estimator of `role` from estimator/, or trains and keeps it; the one that measures is calibrated too.
 
     One that is the same but for its calibration, which depends on the held-out images, is calibrated anew only.
@@ -91,7 +93,7 @@ def prepare(experiment: Experiment, params: Params, role: Role) -> tuple[Estimat
     }
     conditions = estimator_conditions(
         model,
-        params_hash(jax.device_get(params)),
+        network.fingerprint,
         process,
         config.estimator,
         estimator_seed(config.seed, role),
@@ -104,7 +106,7 @@ def prepare(experiment: Experiment, params: Params, role: Role) -> tuple[Estimat
         return make_estimator(model, experiment.place(stored[0])), stored[1]
 
     start = time.perf_counter()
-    trained = experiment.place(stored[0]) if stored is not None else _train(experiment, params, role, model)
+    trained = experiment.place(stored[0]) if stored is not None else _train(experiment, network.params, role, model)
     estimator = make_estimator(model, trained)
     calibration = None
     if role == "measure":

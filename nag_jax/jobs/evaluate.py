@@ -36,7 +36,7 @@ def evaluate_and_report(experiment: Experiment, network: TrainedNetwork) -> epat
     """
     if not experiment.config.eval.methods:
         return write_report(experiment.workdir)
-    measuring = prepare_measuring(experiment, network.params)
+    measuring = prepare_measuring(experiment, network)
     folder = evaluate(experiment, network, measuring=measuring)
     return write_report(experiment.workdir, folder)
 
@@ -64,7 +64,7 @@ def evaluate(experiment: Experiment, network: TrainedNetwork, *, measuring: Meas
     config = experiment.config
     methods = make_methods(config)
     feature_net, accuracy = features.prepare(experiment)
-    guiding = prepare_guiding(experiment, network.params, methods)
+    guiding = prepare_guiding(experiment, network, methods)
     conditions = results.sampling_conditions(experiment, network, methods, guiding) | results.measuring_conditions(
         experiment, feature_net, measuring
     )

@@ -22,8 +22,8 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     """
     methods = make_methods(config)
     experiment, network = open_trained(config, workdir, checkpoint, methods)
-    measuring = prepare_measuring(experiment, network.params)
-    guiding = prepare_guiding(experiment, network.params, methods)
+    measuring = prepare_measuring(experiment, network)
+    guiding = prepare_guiding(experiment, network, methods)
     conditions = results.sampling_conditions(experiment, network, methods, guiding) | results.shift_conditions(
         experiment, measuring
     )

@@ -21,7 +21,7 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     """
     methods = make_methods(config)
     experiment, network = open_trained(config, workdir, checkpoint, methods)
-    guiding = prepare_guiding(experiment, network.params, methods)
+    guiding = prepare_guiding(experiment, network, methods)
     conditions = results.sampling_conditions(experiment, network, methods, guiding)
     folder = workdir / "samples" / results.folder_name(config, conditions)
     if results.is_finished(folder, conditions, last_file="samples.npz"):

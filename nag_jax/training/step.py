@@ -8,11 +8,12 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from nag_jax.denoiser import Denoiser, Params
 from nag_jax.diffusion.objective import Objective, bucket_metrics, check_objective, draw, loss
 from nag_jax.errors import UserError
+from nag_jax.parallel import replicated
 from nag_jax.training import ema
 from nag_jax.training.state import TrainState
 
@@ -108,7 +109,7 @@ def make_train_step(
 
 def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any, batch_sharding: Any) -> TrainStep:
     """Compiles `step` for a mesh; the state is donated and keeps its shardings, key and metrics are on every device."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere = replicated(mesh)
     return jax.jit(
         step,
         in_shardings=(state_shardings, batch_sharding, everywhere),
