@@ -52,6 +52,22 @@ class DenoiserFunction(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentSpace:
+    """The latents that a network works on, where its states are no images.
+
+    Attributes:
+        scaling_factor: a state is this times an unscaled latent of the autoencoder.
+        downsampling: pixels of an image per side of one latent position.
+        encoder_hash: content hash of the encoder that the training latents come from; "" where it is not known, as in
+            published weight files.
+    """
+
+    scaling_factor: float = 0.18215
+    downsampling: int = 8
+    encoder_hash: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Denoiser:
     """A denoiser with its parameters.
 
@@ -64,6 +80,7 @@ class Denoiser:
         sample_shape: shape of one state, (height, width, channels) for images.
         has_null_label: whether `drop_label` may be used.
         has_null_noise: whether `drop_noise` may be used.
+        latent: what its states are latents of; None for a denoiser of images.
     """
 
     apply: DenoiserFunction
@@ -74,6 +91,7 @@ class Denoiser:
     sample_shape: tuple[int, ...]
     has_null_label: bool = True
     has_null_noise: bool = True
+    latent: LatentSpace | None = None
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTION_KINDS:
@@ -176,6 +194,7 @@ def from_network(
     sample_shape: tuple[int, ...],
     has_null_label: bool = True,
     has_null_noise: bool = True,
+    latent: LatentSpace | None = None,
 ) -> Denoiser:
     """The Denoiser of a DiT-like network; the arguments are the fields of `Denoiser`."""
     return Denoiser(
@@ -187,6 +206,7 @@ def from_network(
         sample_shape,
         has_null_label=has_null_label,
         has_null_noise=has_null_noise,
+        latent=latent,
     )
 
 

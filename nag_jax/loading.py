@@ -21,6 +21,7 @@ from nag_jax.checkpoint import Checkpoints
 from nag_jax.config import Config, from_section, to_dict
 from nag_jax.denoiser import (
     Denoiser,
+    LatentSpace,
     NetworkFunction,
     NetworkOutput,
     NetworkTime,
@@ -54,6 +55,9 @@ class ModelDescription:
         output: what it returns.
         has_null_label: whether it was trained with class dropout.
         has_null_noise: whether it was trained with noise-condition dropout.
+        null_noise_init: how the null noise embedding was set where no training made it: see `NULL_NOISE_INITS`; "" for
+            a network that was initialised here.
+        latent: what its states are latents of; None for a network on images.
     """
 
     model: ModelConfig
@@ -64,6 +68,8 @@ class ModelDescription:
     output: NetworkOutput = "velocity"
     has_null_label: bool = True
     has_null_noise: bool = True
+    null_noise_init: str = ""
+    latent: LatentSpace | None = None
 
     def network(self) -> DiT:
         """The Linen module. Raises UserError for sizes that do not fit."""
@@ -81,6 +87,7 @@ class ModelDescription:
             sample_shape=self.sample_shape,
             has_null_label=self.has_null_label,
             has_null_noise=self.has_null_noise,
+            latent=self.latent,
         )
 
 

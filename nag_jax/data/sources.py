@@ -38,6 +38,9 @@ class DataConfig:
         is not set.
       image_size: side of the square images in pixels; larger ones are centre-cropped as ADM does.
       channels: 1 (grey) or 3 (RGB).
+      vae: folder of a converted autoencoder; latents are made by it and samples decoded by it. "" for images.
+      latents: folder that `--mode=encode` writes the data's latents into and training reads them from; "" trains on
+        images.
       random_flip: mirror each image left to right with probability 1/2, drawn anew each epoch.
       mock_examples: 0 reads real data; n > 0 makes up n random images with the data set's features, for
         trying a config without its data.
@@ -49,6 +52,8 @@ class DataConfig:
     data_dir: str = ""
     image_size: int = 8
     channels: int = 1
+    vae: str = ""
+    latents: str = ""
     random_flip: bool = False
     mock_examples: int = 0
 
