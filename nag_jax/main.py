@@ -44,7 +44,7 @@ WORKDIR = flags.DEFINE_string(
 )
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; train also evaluates and writes the report.")
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Folder of a trained network, for every mode but train. Default: the work folder."
+    "checkpoint", None, "Folder of a trained or converted network, for every mode but train. Default: the work folder."
 )
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check everything, print the settings and what would run; no work folder is written."
@@ -61,8 +61,7 @@ def main(arguments: list[str]) -> None:
     # Imported late, so that --help and a wrong flag answer at once.
     from nag_jax.config import from_config_dict, to_dict
     from nag_jax.jobs import compare, evaluate, noise_shift, sample, train
-    from nag_jax.jobs.experiment import describe_experiment, open_experiment
-    from nag_jax.jobs.methods import check_methods
+    from nag_jax.jobs.experiment import check_sampling, describe_experiment, open_experiment, open_training
 
     default = CHECKPOINT.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = epath.Path(WORKDIR.value or default)
@@ -71,8 +70,8 @@ def main(arguments: list[str]) -> None:
     config = from_config_dict(CONFIG.value) if is_training else config_of_trained(checkpoint)
     if DRY_RUN.value:
         methods = (compare if MODE.value == "compare" else evaluate).make_methods(config)
-        experiment = open_experiment(config, workdir, None if is_training else checkpoint)
-        check_methods(config, experiment.description, methods)
+        experiment = open_training(config, workdir) if is_training else open_experiment(config, workdir, checkpoint)
+        check_sampling(experiment, methods)
         print(json.dumps(to_dict(config), indent=2))
         print(describe_experiment(experiment, MODE.value, methods))
     elif is_training:
@@ -94,6 +93,8 @@ def config_of_trained(checkpoint: epath.Path) -> Config:
     from nag_jax.config import from_config_dict, to_dict, with_training_of
 
     path = checkpoint / "config.json"
+    if not path.exists() and (checkpoint / "model.json").exists():
+        return config_of_converted(checkpoint)
     if not path.exists():
         raise UserError(f"{checkpoint} is no folder of a trained network: it has no config.json. Train one first.")
     stored = from_config_dict(storage.read_json(path))
@@ -102,6 +103,27 @@ def config_of_trained(checkpoint: epath.Path) -> Config:
     changed = ConfigDict(to_dict(stored))
     changed.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
     return with_training_of(from_config_dict(changed), stored)
+
+
+def config_of_converted(checkpoint: epath.Path) -> Config:
+    """The settings of a job on the converted network in `checkpoint`: --config, with what `model.json` says of it."""
+    import dataclasses
+    from typing import Any
+
+    from nag_jax.config import from_config_dict
+    from nag_jax.denoiser import predicted
+    from nag_jax.loading import read_description
+
+    if not is_config_given(sys.argv[1:]):
+        raise UserError(
+            f"{checkpoint} holds a converted network, which says nothing of how to sample it. Give --config, such as "
+            "--config=configs/imagenet256.py:sit_xl2."
+        )
+    config, description = from_config_dict(CONFIG.value), read_description(checkpoint)
+    prediction: Any = predicted(description.output)
+    noise_dropout = config.objective.noise_dropout if description.has_null_noise else 0.0
+    objective = dataclasses.replace(config.objective, prediction=prediction, noise_dropout=noise_dropout)
+    return dataclasses.replace(config, model=description.model, process=description.process, objective=objective)
 
 
 def is_config_given(arguments: list[str]) -> bool:

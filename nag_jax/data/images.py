@@ -1,6 +1,7 @@
-"""From a stored image to what a network sees: decoding, channels, crop, range. NumPy and Pillow only."""
+"""From a stored image to what a network sees, and back to bytes: decoding, channels, crop, range."""
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -76,13 +77,14 @@ def _center_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
+def to_uint8(images: Any) -> Any:
     """Images in [-1, 1] as bytes, the inverse of `to_float` for bytes.
 
     Args:
-      images: float, any shape; values beyond [-1, 1] are clipped.
+      images: float, any shape, of NumPy or JAX; values beyond [-1, 1] are clipped.
 
     Returns:
       uint8, same shape, rounded to nearest.
     """
-    return np.clip(np.round((images + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    namespace = images.__array_namespace__()
+    return namespace.clip(namespace.round((images + 1.0) * 127.5), 0, 255).astype(np.uint8)

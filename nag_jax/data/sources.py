@@ -81,6 +81,11 @@ class Source:
     records: Sequence[dict[str, Any]] = dataclasses.field(repr=False)
     decoded: dict[int, tuple[np.ndarray, int]] | None = dataclasses.field(default=None, repr=False)
 
+    @property
+    def latent(self) -> None:
+        """None: the states of a network on these data are images."""
+        return None
+
     def __len__(self) -> int:
         return len(self.records)
 
