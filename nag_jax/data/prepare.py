@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     for difference in _differences(given.name, counts):
-        print(f"warning: {difference}", file=sys.stderr, flush=True)
+        print(f"warning: {difference} as published", file=sys.stderr, flush=True)
     sizes = ", ".join(f"{split} {number:,}" for split, number in counts.items())
     print(f"prepared: {given.name} in {folder}: {sizes}", flush=True)
     return 0

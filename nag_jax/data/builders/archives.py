@@ -6,6 +6,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -65,10 +66,14 @@ def read_files(source: epath.PathLike, wanted: Callable[[str], bool]) -> Iterato
         raise UserError(f"{source} is damaged or cut short ({reason}). Download it again.") from error
 
 
-def _read_folder(folder: epath.Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if not _is_hidden(name) and path.is_file() and wanted(name):
+def _read_folder(folder: epath.Path, wanted: Callable[[str], bool], inside: str = "") -> Iterator[tuple[str, bytes]]:
+    for path in sorted(folder.iterdir()):
+        name = f"{inside}{path.name}"
+        if _is_hidden(name):
+            continue
+        if path.is_dir():
+            yield from _read_folder(path, wanted, f"{name}/")
+        elif wanted(name):
             yield name, path.read_bytes()
 
 
@@ -80,12 +85,17 @@ def _read_zip(path: epath.Path, wanted: Callable[[str], bool]) -> Iterator[tuple
 
 
 def _read_tar(path: epath.Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
-        for member in archive:
-            name = member.name.removeprefix("./")
-            content = archive.extractfile(member) if member.isfile() else None
-            if content is not None and not _is_hidden(name) and wanted(name):
-                yield name, content.read()
+    with path.open("rb") as file:
+        # tarfile's own reading of gzip does not compare the checksum, GzipFile does where it is read to its end.
+        stream: Any = gzip.GzipFile(fileobj=file) if path.suffix in (".gz", ".tgz") else file
+        with tarfile.open(fileobj=stream, mode="r|*" if stream is file else "r|") as archive:
+            for member in archive:
+                name = member.name.removeprefix("./")
+                content = archive.extractfile(member) if member.isfile() else None
+                if content is not None and not _is_hidden(name) and wanted(name):
+                    yield name, content.read()
+        while stream.read(2**20):
+            pass
 
 
 def _is_hidden(name: str) -> bool:
