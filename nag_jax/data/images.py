@@ -14,11 +14,20 @@ def decode_image(encoded: bytes) -> np.ndarray:
       encoded: the file's bytes.
 
     Returns:
-      uint8 [H, W, 1] for 8-bit grey images, otherwise [H, W, 3] in RGB (transparency is dropped).
+      uint8 [H, W, 1] for grey images of 8 or 16 bits, otherwise [H, W, 3] in RGB (transparency is dropped). Of 16 bits
+      the upper 8 are kept.
+
+    Raises:
+      ValueError: pixels of 32 bits.
+      OSError: no image, or a damaged one (Pillow raises others too).
     """
     with Image.open(io.BytesIO(encoded)) as opened:
-        image = opened if opened.mode in ("L", "RGB") else opened.convert("RGB")
-        pixels = np.asarray(image)
+        if opened.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+            pixels = (np.asarray(opened) >> 8).astype(np.uint8)
+        elif opened.mode in ("I", "F"):
+            raise ValueError("pixels have 32 bits; only 8 and 16 are read")
+        else:
+            pixels = np.asarray(opened if opened.mode in ("L", "RGB") else opened.convert("RGB"))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
