@@ -1,8 +1,4 @@
-"""Gives the tests official state dicts: of random numbers, and of the torch DiT that the model's tests use."""
-
-import importlib.util
-from pathlib import Path
-from types import ModuleType
+"""Gives the tests an official state dict of random numbers."""
 
 import numpy as np
 import pytest
@@ -10,18 +6,6 @@ import pytest
 from nag_jax.models.layers import sincos_positions
 
 SIZE, CHANNELS, PATCH, HIDDEN, DEPTH, HEADS, CLASSES = 8, 4, 2, 32, 2, 4, 5
-
-
-@pytest.fixture(scope="session")
-def torch_dit() -> ModuleType:
-    """The module tests/models/torch_dit.py; tests that use it skip without torch."""
-    pytest.importorskip("torch")
-    path = Path(__file__).parents[1] / "models" / "torch_dit.py"
-    spec = importlib.util.spec_from_file_location("torch_dit", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
