@@ -33,6 +33,7 @@ from nag_jax.diffusion.process import ProcessConfig, make_process
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
 from nag_jax.models.dit import DiT, ModelConfig, build_model
+from nag_jax.models.layers import TimeEmbedding
 from nag_jax.models.noise_estimator import build_estimator
 from nag_jax.noise_shift.calibration import Calibration
 from nag_jax.noise_shift.estimator import make_estimator
@@ -40,6 +41,8 @@ from nag_jax.noise_shift.store import read_estimator
 
 MODEL_FILE = "model.json"
 NUM_LEVELS_OF_NULL_EMBEDDING = 1000
+NULL_NOISE_INITS = ("mean", "normal", "zeros")  # see `initial_null_noise`
+NULL_NOISE_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +178,11 @@ def read_params(folder: epath.PathLike, weights: str, step: int | None = None) -
 def read_for_fine_tuning(folder: epath.PathLike, description: ModelDescription, weights: str) -> Params:
     """The parameters that training of `description` starts from.
 
-    Where the source was trained without noise-condition dropout, its null noise embedding has never been used; it
-    becomes the mean output of the time MLP over the training levels (a choice of ours, for the paper does not say).
+    Where the source was initialised here and trained without noise-condition dropout, its null noise embedding has
+    never been used and gets the "mean" of `initial_null_noise`. A converted network keeps what its conversion chose.
 
     Args:
-        folder: a training folder.
+        folder: a converted or training folder.
         description: the network to be trained.
         weights: "params", or the name of an average.
 
@@ -198,16 +201,39 @@ def read_for_fine_tuning(folder: epath.PathLike, description: ModelDescription, 
         if before != now:
             raise UserError(f"init_from = {str(folder)!r} does not fit this config: its {field} is {before}, not {now}")
     params = read_params(epath.Path(folder), weights)
-    if description.has_null_noise and not source.has_null_noise:
-        levels = make_process(description.process).levels(NUM_LEVELS_OF_NULL_EMBEDDING)
-        embeddings = time_embeddings(description, params, jnp.asarray(levels, jnp.float32))
-        params = {**params, "null_noise_embedding": np.asarray(embeddings.mean(axis=0))}
+    if description.has_null_noise and not source.has_null_noise and not source.null_noise_init:
+        params = {**params, "null_noise_embedding": initial_null_noise(description, params, "mean")}
     return params
+
+
+def initial_null_noise(description: ModelDescription, params: Params, init: str) -> np.ndarray:
+    """A null noise embedding that no training has made yet; the choices are ours, for the paper does not say.
+
+    Args:
+        description: of the network.
+        params: its parameters; whatever null noise embedding they hold is not read.
+        init: "mean" is the mean output of the time MLP over the training levels, "normal" is drawn from N(0, 0.02^2),
+            as the label embedding of a new network is, always with the same seed; "zeros".
+
+    Returns:
+        float32 [hidden_size], on the host.
+
+    Raises:
+        UserError: an unknown `init`.
+    """
+    if init not in NULL_NOISE_INITS:
+        raise UserError(f"A null noise embedding cannot start as {init!r}. Choose {', '.join(NULL_NOISE_INITS)}.")
+    hidden_size = description.network().hidden_size
+    if init == "zeros":
+        return np.zeros(hidden_size, np.float32)
+    if init == "normal":
+        return np.float32(0.02) * np.random.default_rng(NULL_NOISE_SEED).standard_normal(hidden_size, np.float32)
+    levels = make_process(description.process).levels(NUM_LEVELS_OF_NULL_EMBEDDING)
+    return np.asarray(time_embeddings(description, params, jnp.asarray(levels, jnp.float32)).mean(axis=0))
 
 
 def time_embeddings(description: ModelDescription, params: Params, t: jax.Array) -> jax.Array:
     """The output of the network's time MLP at times `t` [T]: [T, hidden_size]."""
-    network = description.network()
-    network_time = in_network_time(description.network_time, t)
-    embed: Any = network.apply({"params": params}, network_time, method=lambda model, time: model.t_embedder(time))
+    embedding = TimeEmbedding(description.network().hidden_size)
+    embed: Any = embedding.apply({"params": params["t_embedder"]}, in_network_time(description.network_time, t))
     return embed
