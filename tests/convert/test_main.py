@@ -14,7 +14,8 @@ import pytest
 import nag_jax
 from nag_jax import loading
 from nag_jax.convert import tables, torch_file
-from nag_jax.convert.__main__ import main, recognise_kind
+from nag_jax.convert.__main__ import main
+from nag_jax.convert.network import recognise_kind
 from nag_jax.errors import UserError
 
 
@@ -32,7 +33,7 @@ def test_there_and_back_is_bit_identical(weights: Path, official, tmp_path: Path
     assert main([str(folder), str(tmp_path / "kept.pt"), "--to=sit", "--keep_null_noise", "--weights=model"]) == 0
     kept = torch_file.state_dict(tmp_path / "kept.pt")
     np.testing.assert_array_equal(kept["null_noise_embedding"], nag_jax.load(folder).params["null_noise_embedding"])
-    assert capsys.readouterr().out.splitlines()[-1] == f"written: {tmp_path / 'kept.pt'}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"written: {tmp_path / 'kept.pt'} (official sit)"
 
     denoiser = nag_jax.load(folder)
     assert denoiser.prediction == "velocity" and denoiser.process.name == "linear"
@@ -59,7 +60,7 @@ def test_mistakes_leave_with_code_2_and_one_sentence(weights: Path, tmp_path: Pa
     folder.mkdir()
     (folder / "model.json").write_text("{}")
     assert main([str(weights), str(folder), "--kind=dit", "--num_heads=4"]) == 2
-    assert "holds a network already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_the_kind_is_what_settings_or_the_name_say():
