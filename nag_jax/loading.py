@@ -34,7 +34,7 @@ from nag_jax.diffusion.process import ProcessConfig, make_process
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
 from nag_jax.models.dit import SIZES, DiT, ModelConfig, build_model, stack_blocks, unstack_blocks
-from nag_jax.models.layers import normal_init
+from nag_jax.models.layers import TimeEmbedding, normal_init
 from nag_jax.models.noise_estimator import build_estimator
 from nag_jax.noise_shift.calibration import Calibration
 from nag_jax.noise_shift.estimator import make_estimator
@@ -43,6 +43,8 @@ from nag_jax.training.state import TrainState
 
 MODEL_FILE = "model.json"
 NUM_LEVELS_OF_NULL_EMBEDDING = 1000
+NULL_NOISE_INITS = ("mean", "normal", "zeros")  # see `initial_null_noise`
+NULL_NOISE_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,12 +221,12 @@ def read_params(folder: epath.PathLike, weights: str, step: int | None = None) -
 def read_for_fine_tuning(folder: epath.PathLike, description: ModelDescription, weights: str, seed: int) -> Params:
     """The parameters that training of `description` starts from.
 
-    Where the source was trained without noise-condition dropout, its null noise embedding has never been used; it
-    becomes the mean output of the time MLP over the training levels (a choice of ours, for the paper does not say).
+    Where the source was initialised here and trained without noise-condition dropout, its null noise embedding has
+    never been used and gets the "mean" of `initial_null_noise`. A converted network keeps what its conversion chose.
     With another number of classes the rows of the classes are drawn anew, and that of the null class is kept.
 
     Args:
-        folder: a training or converted folder.
+        folder: a converted or training folder.
         description: the network to be trained.
         weights: "params", or the name of an average.
         seed: of new class embeddings.
@@ -238,10 +240,8 @@ def read_for_fine_tuning(folder: epath.PathLike, description: ModelDescription, 
     source = read_description(folder)
     check_fine_tuning(source, description, str(folder))
     params = read_params(epath.Path(folder), weights)
-    if description.has_null_noise and not source.has_null_noise:
-        levels = make_process(description.process).levels(NUM_LEVELS_OF_NULL_EMBEDDING)
-        embeddings = time_embeddings(source, params, jnp.asarray(levels, jnp.float32))
-        params = {**params, "null_noise_embedding": np.asarray(embeddings.mean(axis=0))}
+    if description.has_null_noise and not source.has_null_noise and not source.null_noise_init:
+        params = {**params, "null_noise_embedding": initial_null_noise(source, params, "mean")}
     if source.num_classes != description.num_classes:
         params = {**params, "y_embedder": _new_classes(params["y_embedder"], description.num_classes, seed)}
     if source.model.scan_blocks != description.model.scan_blocks:
@@ -303,9 +303,34 @@ def _new_classes(embedder: Params, num_classes: int, seed: int) -> Params:
     return {"embedding": np.concatenate([np.asarray(rows), null])}
 
 
+def initial_null_noise(description: ModelDescription, params: Params, init: str) -> np.ndarray:
+    """A null noise embedding that no training has made yet; the choices are ours, for the paper does not say.
+
+    Args:
+        description: of the network.
+        params: its parameters; whatever null noise embedding they hold is not read.
+        init: "mean" is the mean output of the time MLP over the training levels, "normal" is drawn from N(0, 0.02^2),
+            as the label embedding of a new network is, always with the same seed; "zeros".
+
+    Returns:
+        float32 [hidden_size], on the host.
+
+    Raises:
+        UserError: an unknown `init`.
+    """
+    if init not in NULL_NOISE_INITS:
+        raise UserError(f"A null noise embedding cannot start as {init!r}. Choose {', '.join(NULL_NOISE_INITS)}.")
+    hidden_size = description.network().hidden_size
+    if init == "zeros":
+        return np.zeros(hidden_size, np.float32)
+    if init == "normal":
+        return np.float32(0.02) * np.random.default_rng(NULL_NOISE_SEED).standard_normal(hidden_size, np.float32)
+    levels = make_process(description.process).levels(NUM_LEVELS_OF_NULL_EMBEDDING)
+    return np.asarray(time_embeddings(description, params, jnp.asarray(levels, jnp.float32)).mean(axis=0))
+
+
 def time_embeddings(description: ModelDescription, params: Params, t: jax.Array) -> jax.Array:
     """The output of the network's time MLP at times `t` [T]: [T, hidden_size]."""
-    network = description.network()
-    network_time = in_network_time(description.network_time, t)
-    embed: Any = network.apply({"params": params}, network_time, method=lambda model, time: model.t_embedder(time))
+    embedding = TimeEmbedding(description.network().hidden_size)
+    embed: Any = embedding.apply({"params": params["t_embedder"]}, in_network_time(description.network_time, t))
     return embed

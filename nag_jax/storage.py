@@ -5,9 +5,11 @@ Checkpoints are `checkpoint.py`'s, metrics over time `metric_writer.py`'s.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -15,8 +17,9 @@ from etils import epath
 from nag_jax.errors import NagJaxError, UserError
 
 
-def write_bytes(path: epath.PathLike, content: bytes) -> None:
-    """Writes `content` so that a reader sees the old file or the whole new one, never a part.
+@contextlib.contextmanager
+def whole_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """A file to write, of which a reader sees the old content or the whole new one, never a part.
 
     A local file is written beside its place and renamed; an object store publishes an object only when it is complete.
 
@@ -28,14 +31,24 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     beside = path if is_remote else path.parent / f".{path.name}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
+        with beside.open("wb") as file:
+            yield file
         if not is_remote:
             beside.replace(path)
-    except OSError as error:
+    except BaseException as error:
         if not is_remote:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()
+        if not isinstance(error, OSError):
+            raise
         reason = error.strerror or error
         raise NagJaxError(f"Cannot write {path}: {reason}. Free space or choose another folder.") from error
+
+
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+    """Writes `content` as `whole_file` does, with its errors."""
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def write_json(path: epath.PathLike, content: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -62,6 +63,34 @@ def test_an_unused_null_embedding_starts_at_the_mean_of_the_time_mlp(source: Pat
     np.testing.assert_allclose(params["null_noise_embedding"], expected, rtol=2e-3, atol=2e-5)
     for name in before.keys() - {"null_noise_embedding"}:
         jax.tree.map(np.testing.assert_array_equal, params[name], before[name])
+
+
+@pytest.mark.parametrize("init", loading.NULL_NOISE_INITS)
+def test_a_null_embedding_chosen_by_conversion_is_kept(source: Path, tmp_path: Path, init: str):
+    converted = tmp_path / "converted"
+    shutil.copytree(source, converted)
+    loading.write_description(converted, dataclasses.replace(CONTROL, null_noise_init=init))
+    params = loading.read_for_fine_tuning(converted, WITH_NAG, "ema")
+    jax.tree.map(np.testing.assert_array_equal, params, loading.read_params(source, "ema"))
+
+
+def test_a_new_null_embedding_is_a_mean_a_draw_or_zeros():
+    wide = dataclasses.replace(CONTROL, model=ModelConfig(depth=1, hidden_size=1024, num_heads=2))
+    rng = np.random.default_rng(1)
+    layers = {"mlp_0": 256, "mlp_2": 1024}
+    kernels = {name: 0.02 * rng.standard_normal((inputs, 1024), np.float32) for name, inputs in layers.items()}
+    params = {"t_embedder": {name: {"kernel": k, "bias": k[0]} for name, k in kernels.items()}}
+    mean = loading.initial_null_noise(wide, params, "mean")
+    levels = jnp.asarray((np.arange(1000) + 0.5) / 1000, jnp.float32)
+    embeddings = np.asarray(loading.time_embeddings(wide, params, levels), np.float64)
+    np.testing.assert_allclose(mean, embeddings.mean(axis=0), atol=1e-6)
+    normal = loading.initial_null_noise(wide, params, "normal")
+    assert abs(normal.mean()) < 5 * 0.02 / 32 and abs(normal.std() / 0.02 - 1) < 5 / np.sqrt(2 * 1024)
+    np.testing.assert_array_equal(normal, loading.initial_null_noise(wide, params, "normal"))
+    np.testing.assert_array_equal(loading.initial_null_noise(wide, params, "zeros"), np.zeros(1024, np.float32))
+    assert {mean.dtype, normal.dtype} == {np.dtype(np.float32)} and mean.shape == normal.shape == (1024,)
+    with pytest.raises(UserError, match="'ones'.*mean, normal, zeros"):
+        loading.initial_null_noise(wide, params, "ones")
 
 
 def test_a_trained_null_embedding_and_a_control_keep_it(source: Path, tmp_path: Path):

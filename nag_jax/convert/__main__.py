@@ -1,141 +1,114 @@
-"""Converts public DiT and SiT weights to a folder that nag_jax loads, and back.
+"""Converts public weights to folders of this project, and networks back to official files.
 
     python -m nag_jax.convert SiT-XL-2-256x256.pt FOLDER             a folder for nag_jax.load
+    python -m nag_jax.convert DiT-XL-2-256 FOLDER                    diffusers' DiT or its whole pipeline, the same
+    python -m nag_jax.convert sd-vae-ft-ema FOLDER                   diffusers' AutoencoderKL, for latents
     python -m nag_jax.convert FOLDER weights.pt --to=sit             the official state dict
 
-SOURCE may also be a training checkpoint of the official code, of which the average is taken. No torch is needed, and
-nothing that stands in a file is run.
+SOURCE is an official DiT or SiT state dict (.pt, .pth or .safetensors), a training checkpoint of the official code, of
+which the average is taken, or a folder that diffusers wrote, in one file or several (.safetensors or .bin). What it
+holds is recognised from the names and shapes of its tensors. No torch is needed, and nothing that stands in a file is
+run. Numbers are carried as they are, in float32: what goes in comes out of --to bit for bit.
+
+A DiT of diffusers becomes the official network that its weights were trained as; diffusers' own class computes the time
+features with slightly other frequencies, and so answers a little differently.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from typing import Any, Literal
 
-import numpy as np
 from etils import epath
 
-from nag_jax import loading
-from nag_jax.checkpoint import Checkpoints
-from nag_jax.convert import tables, torch_file
+from nag_jax.convert import tables
+from nag_jax.convert.diffusers_vae import import_autoencoder
+from nag_jax.convert.network import export_network, import_network
+from nag_jax.convert.source import Part, read_source
 from nag_jax.errors import NagJaxError, UserError
-from nag_jax.training.state import TrainState
+from nag_jax.loading import NULL_NOISE_INITS
+
+PIPELINE_PARTS: dict[str, Part | None] = {"auto": None, "dit": "network", "sit": "network", "vae": "autoencoder"}
 
 
-def import_network(
-    source: epath.PathLike,
-    target: epath.PathLike,
-    kind: tables.Kind | Literal["auto"] = "auto",
-    *,
-    weights: torch_file.Weights = "ema",
-    num_heads: int | None = None,
-) -> loading.ModelDescription:
-    """Converts a weight file to a folder for `nag_jax.load`, which finds the same weights as "ema" and "params".
-
-    Args:
-        source: an official state dict or training checkpoint.
-        target: folder to make.
-        kind: "dit", "sit", or "auto" for what the file's settings or its name say.
-        weights: which weights of a training checkpoint.
-        num_heads: attention heads of a network of no published size.
-
-    Returns:
-        The description that was written.
-
-    Raises:
-        UserError: the file is damaged or another one than expected, or the target holds a network already.
-    """
-    target = epath.Path(target)
-    if (target / loading.MODEL_FILE).exists() or (target / "checkpoints").exists():
-        raise UserError(f"{target} holds a network already. Choose another folder, or delete it.")
-    tensors = torch_file.state_dict(source, weights)
-    chosen = recognise_kind(source, torch_file.settings(source)) if kind == "auto" else kind
-    description = tables.recognise(tensors, chosen, source=str(source), num_heads=num_heads)
-    params = tables.import_params(tensors, description, source=str(source))
-    step: Any = np.zeros((), np.int32)
-    with Checkpoints(target / "checkpoints") as checkpoints:
-        checkpoints.save(TrainState(step=step, params=params, opt_state=(), ema={"ema": params}, frozen={}))
-    loading.write_description(target, description)  # last: a folder without it is not taken for a network
-    return description
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments; those that are left out are None, so that one in the wrong place is noticed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nag_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="a weight file or a folder of diffusers; with --to a folder of a network")
+    parser.add_argument("target", help="the folder to make; with --to the file to write")
+    parser.add_argument("--to", choices=tables.KINDS, help="write official weights of this kind")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="the average, or what was trained")
+    parser.add_argument(
+        "--keep_null_noise", action="store_true", help="with --to: write the null noise embedding too, under its name"
+    )
+    parser.add_argument(
+        "--kind",
+        choices=tuple(PIPELINE_PARTS),
+        default="auto",
+        help="what the weights are; auto: by their names, DiT or SiT by the file's settings or name, of a pipeline "
+        "the network",
+    )
+    parser.add_argument("--num_heads", type=int, help="attention heads, for an official file of no published size")
+    parser.add_argument(
+        "--init",
+        choices=NULL_NOISE_INITS,
+        help="how the new null noise embedding starts: the mean output of the time MLP over the training levels "
+        "(default), N(0, 0.02^2) with a fixed seed, or zeros; an error where the file holds one",
+    )
+    parser.add_argument(
+        "--vae", help="folder of the converted autoencoder that made the network's latents; kept in its model.json"
+    )
+    parser.add_argument("--name", help="name of an autoencoder's weights; by default ema, mse or the folder's name")
+    return parser
 
 
-def export_network(
-    source: epath.PathLike,
-    target: epath.PathLike,
-    kind: tables.Kind,
-    *,
-    weights: torch_file.Weights = "ema",
-    keep_null_noise: bool = False,
-) -> None:
-    """Writes a network as an official state dict.
-
-    Args:
-        source: a converted or training folder.
-        target: file to write.
-        kind: whose convention the network has.
-        weights: "ema", or "model" for the parameters themselves.
-        keep_null_noise: also write the null noise embedding.
-
-    Raises:
-        UserError: the folder cannot be read, or its network is not of that kind.
-    """
-    if epath.Path(target).exists():
-        raise UserError(f"{target} exists already. Choose another file, or delete it.")
-    description = loading.read_description(source)
-    params = loading.read_params(source, "params" if weights == "model" else weights)
-    tensors = tables.export_params(params, description, kind, source=str(source), keep_null_noise=keep_null_noise)
-    torch_file.write_state_dict(target, tensors)
+def import_weights(given: argparse.Namespace) -> str:
+    """Makes the folder and says what it holds. Raises UserError if it cannot be made."""
+    target = epath.Path(given.target)
+    if given.keep_null_noise:
+        raise UserError("--keep_null_noise goes with --to; a null noise embedding is always read.")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists already. Choose another folder, or delete it.")
+    source = read_source(given.source, weights=given.weights, part=PIPELINE_PARTS[given.kind])
+    if given.kind == "vae" or (given.kind == "auto" and source.layout == "autoencoder"):
+        _refuse(given, ("num_heads", "init", "vae"), "a DiT or SiT, not for an autoencoder")
+        autoencoder = import_autoencoder(source, target, given.name)
+        return f"autoencoder {autoencoder.name}, latents of {autoencoder.config.latent_channels} channels"
+    _refuse(given, ("name",), "an autoencoder, not for a DiT or SiT")
+    network = import_network(source, target, given.kind, num_heads=given.num_heads, init=given.init, vae=given.vae)
+    height, width, channels = network.sample_shape
+    size = network.model.size or f"of {network.model.depth} blocks"
+    return f"network {size}, {network.num_classes} classes, states {height} x {width} x {channels}"
 
 
-def recognise_kind(source: epath.PathLike, settings: dict[str, Any]) -> tables.Kind:
-    """The kind that a file's settings or else its name say, for names and shapes of both kinds are the same.
+def export_weights(given: argparse.Namespace) -> str:
+    """Writes the official file and says what it holds. Raises UserError if it cannot be written."""
+    _refuse(given, ("num_heads", "init", "vae", "name"), "reading weights, not for --to")
+    if given.kind != "auto":
+        raise UserError("--kind is for reading weights, not for --to.")
+    if epath.Path(given.target).exists():
+        raise UserError(f"{given.target} exists already. Choose another file, or delete it.")
+    export_network(given.source, given.target, given.to, weights=given.weights, keep_null_noise=given.keep_null_noise)
+    return f"official {given.to}"
 
-    Raises:
-        UserError: they say nothing, or a SiT of another path or prediction than the published ones.
-    """
-    said = {"path_type": "Linear", "prediction": "velocity"}
-    for key, value in said.items():
-        if settings.get(key, value) != value:
-            raise UserError(f"{source} was trained with {key} {settings[key]}; only {value} can be converted.")
-    if "path_type" in settings:
-        return "sit"
-    for text in (str(settings.get("model", "")), epath.Path(source).name):
-        found = re.search(r"(?<![a-z])(dit|sit)(?![a-z])", text.lower())
-        if found:
-            return "dit" if found[1] == "dit" else "sit"
-    raise UserError(f"Nothing in {source} or its name tells a DiT from a SiT. Give --kind=dit or --kind=sit.")
+
+def _refuse(given: argparse.Namespace, names: tuple[str, ...], purpose: str) -> None:
+    for name in names:
+        if getattr(given, name) is not None:
+            raise UserError(f"--{name} is for {purpose}.")
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nag_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", help="a weight file (.pt, .pth); with --to a folder of a network")
-    parser.add_argument("target", help="the folder to make; with --to the file to write")
-    parser.add_argument("--kind", choices=("auto", *tables.KINDS), default="auto", help="what the weights are")
-    parser.add_argument("--to", choices=tables.KINDS, help="write official weights of this kind")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="the average, or what was trained")
-    parser.add_argument("--num_heads", type=int, help="attention heads, for a network of no published size")
-    parser.add_argument("--keep_null_noise", action="store_true", help="with --to, write null_noise_embedding too")
-    given = parser.parse_args(arguments)
+    given = make_parser().parse_args(arguments)
     try:
-        if given.to:
-            if given.kind != "auto" or given.num_heads is not None:
-                raise UserError("--kind and --num_heads are for reading a weight file, not for --to.")
-            export_network(
-                given.source, given.target, given.to, weights=given.weights, keep_null_noise=given.keep_null_noise
-            )
-        else:
-            if given.keep_null_noise:
-                raise UserError("--keep_null_noise goes with --to; a null noise embedding is always read.")
-            import_network(given.source, given.target, given.kind, weights=given.weights, num_heads=given.num_heads)
+        content = export_weights(given) if given.to else import_weights(given)
     except NagJaxError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    print(f"written: {given.target}", flush=True)
+    print(f"written: {given.target} ({content})", flush=True)
     return 0
 
 

@@ -8,20 +8,19 @@ settings or its name tell them apart.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from nag_jax.denoiser import NetworkOutput, NetworkTime, Params
-from nag_jax.diffusion.process import ProcessConfig, make_process
+from nag_jax.convert.checks import check_tensors, missing_tensor
+from nag_jax.denoiser import LatentSpace, NetworkOutput, NetworkTime, Params
+from nag_jax.diffusion.process import ProcessConfig
 from nag_jax.errors import UserError
-from nag_jax.loading import NUM_LEVELS_OF_NULL_EMBEDDING, ModelDescription, time_embeddings
+from nag_jax.loading import ModelDescription, initial_null_noise
 from nag_jax.models.dit import SIZES, ModelConfig, init_params
 from nag_jax.models.layers import sincos_positions
 
@@ -87,8 +86,48 @@ AFTER_BLOCKS: dict[str, tuple[str, Layout]] = {
 }
 
 
+def describe(
+    kind: Kind,
+    *,
+    depth: int,
+    hidden_size: int,
+    num_heads: int,
+    patch_size: int,
+    learn_sigma: bool,
+    num_classes: int,
+    sample_shape: tuple[int, int, int],
+    null_noise_init: str,
+) -> ModelDescription:
+    """The description of a network of an official kind; a published size gets its name.
+
+    With four channels its states are taken for latents of the Stable Diffusion autoencoder, as those of all published
+    networks are. An empty `null_noise_init` says that training made the null noise embedding.
+    """
+    model = ModelConfig(patch_size=patch_size, learn_sigma=learn_sigma)
+    size = next((size for size, shape in SIZES.items() if shape == (depth, hidden_size, num_heads)), "")
+    process, network_time, output = CONVENTIONS[kind]
+    return ModelDescription(
+        model=dataclasses.replace(model, size=size)
+        if size
+        else dataclasses.replace(model, depth=depth, hidden_size=hidden_size, num_heads=num_heads),
+        process=ProcessConfig(process),
+        num_classes=num_classes,
+        sample_shape=sample_shape,
+        network_time=network_time,
+        output=output,
+        has_null_noise=not null_noise_init,
+        null_noise_init=null_noise_init,
+        latent=LatentSpace() if sample_shape[2] == 4 else None,
+    )
+
+
 def recognise(
-    tensors: Mapping[str, np.ndarray], kind: Kind, *, source: str, num_heads: int | None = None
+    tensors: Mapping[str, np.ndarray],
+    kind: Kind,
+    *,
+    source: str,
+    num_heads: int | None = None,
+    init: str | None = None,
 ) -> ModelDescription:
     """What network a state dict belongs to, from its names and shapes.
 
@@ -97,15 +136,16 @@ def recognise(
         kind: see `CONVENTIONS`.
         source: what error messages call the file.
         num_heads: attention heads, which no shape tells; None for a published size.
+        init: how the null noise embedding starts where the file holds none, of `NULL_NOISE_INITS`; None for "mean".
 
     Returns:
         The ModelDescription; with `has_null_noise` if the file holds a null noise embedding.
 
     Raises:
-        UserError: this is no such network, or of no known size.
+        UserError: this is no such network, or of no known size, or `init` is given in vain.
     """
-    if any(name.startswith(("encoder.", "decoder.", "first_stage_model.")) for name in tensors):
-        raise UserError(f"{source} holds an autoencoder, not a DiT or SiT. Give the file of the diffusion network.")
+    if NULL_NOISE in tensors and init:
+        raise UserError(f"{source} holds a {NULL_NOISE}, which is kept: leave out --init.")
     for name, axes in {
         "x_embedder.proj.weight": 4,
         POSITIONS: 3,
@@ -113,7 +153,7 @@ def recognise(
         "final_layer.linear.weight": 2,
     }.items():
         if name not in tensors:
-            raise UserError(_missing(source, name, tensors))
+            raise UserError(missing_tensor(source, name, tensors))
         if tensors[name].ndim != axes or not tensors[name].size:
             raise UserError(f"{source}: {name} has shape {tensors[name].shape}, but {axes} axes are expected.")
     hidden_size, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
@@ -127,33 +167,30 @@ def recognise(
         )
     indices = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
     depth = max(indices, default=0) + 1
-    model = ModelConfig(patch_size=patch_size, learn_sigma=outputs == 2)
-    size = next((size for size, (*shape, _) in SIZES.items() if shape == [depth, hidden_size]), "")
-    if size and num_heads in (None, SIZES[size][2]):
-        model = dataclasses.replace(model, size=size)
-    elif num_heads is None:
+    if num_heads is None:
+        num_heads = next((heads for *shape, heads in SIZES.values() if shape == [depth, hidden_size]), None)
+    if num_heads is None:
         raise UserError(
             f"{source}: {depth} blocks of width {hidden_size} are none of the sizes {', '.join(SIZES)}, and no tensor "
             "tells the number of attention heads. Give --num_heads."
         )
-    else:
-        model = dataclasses.replace(model, depth=depth, hidden_size=hidden_size, num_heads=num_heads)
-    process, network_time, output = CONVENTIONS[kind]
-    return ModelDescription(
-        model=model,
-        process=ProcessConfig(process),
+    return describe(
+        kind,
+        depth=depth,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        patch_size=patch_size,
+        learn_sigma=outputs == 2,
         num_classes=tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
         sample_shape=(side * patch_size, side * patch_size, channels),
-        network_time=network_time,
-        output=output,
-        has_null_noise=NULL_NOISE in tensors,
+        null_noise_init="" if NULL_NOISE in tensors else init or "mean",
     )
 
 
 def import_params(tensors: Mapping[str, np.ndarray], description: ModelDescription, *, source: str) -> Params:
     """An official state dict as our tree of parameters, blocks stacked.
 
-    A file without a null noise embedding gets the mean output of its time MLP over the training levels.
+    A file without a null noise embedding gets the one that the description says it starts with.
 
     Args:
         tensors: float32 arrays by official name.
@@ -173,13 +210,11 @@ def import_params(tensors: Mapping[str, np.ndarray], description: ModelDescripti
     for name, (path, layout) in BLOCK.items():
         rows = [layout.to_ours(tensors[f"blocks.{i}.{name}"]) for i in range(description.network().depth)]
         _put(tree, f"blocks/{path}", np.stack(rows))
-    if NULL_NOISE in tensors:
-        tree[NULL_NOISE] = np.asarray(tensors[NULL_NOISE])
-    else:
-        tree[NULL_NOISE] = np.zeros(description.network().hidden_size, np.float32)  # so that the tree is whole
-        levels = make_process(description.process).levels(NUM_LEVELS_OF_NULL_EMBEDDING)
-        embeddings = time_embeddings(description, tree, jnp.asarray(levels, jnp.float32))
-        tree[NULL_NOISE] = np.asarray(embeddings.mean(axis=0))
+    tree[NULL_NOISE] = (
+        initial_null_noise(description, tree, description.null_noise_init)
+        if description.null_noise_init
+        else np.asarray(tensors[NULL_NOISE])
+    )
     return tree
 
 
@@ -248,20 +283,9 @@ def official_shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]
 def _check(tensors: Mapping[str, np.ndarray], description: ModelDescription, source: str) -> None:
     network = description.network()
     expected = official_shapes(description)
-    if NULL_NOISE in tensors:
+    if description.has_null_noise:
         expected[NULL_NOISE] = (network.hidden_size,)
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise UserError(_missing(source, name, tensors.keys() - expected.keys()))
-        if tensors[name].shape != shape:
-            raise UserError(f"{source}: {name} has shape {tensors[name].shape}, but {shape} is expected.")
-        if tensors[name].dtype != np.float32:
-            raise UserError(f"{source}: {name} is {tensors[name].dtype}, but float32 is expected.")
-    unexpected = [name for name in tensors if name not in expected]
-    if unexpected:
-        raise UserError(
-            f"{source}: {unexpected[0]} is no tensor of this network ({len(unexpected)} unexpected in all)."
-        )
+    check_tensors(tensors, expected, source=source)
     grid = network.input_shape[0] // network.patch_size
     error = np.abs(tensors[POSITIONS][0] - sincos_positions(grid, grid, network.hidden_size)).max()
     if not error <= POSITION_TOLERANCE:
@@ -269,12 +293,6 @@ def _check(tensors: Mapping[str, np.ndarray], description: ModelDescription, sou
             f"{source}: {POSITIONS} differs by {error:.2g} from the fixed sine-cosine positions that a DiT has. A "
             "network with trained positions cannot be converted."
         )
-
-
-def _missing(source: str, name: str, candidates: Any) -> str:
-    nearest = difflib.get_close_matches(name, list(candidates), n=1)
-    hint = f" The nearest name there is {nearest[0]}." if nearest else " Is it the state dict of a DiT or SiT?"
-    return f"{source}: tensor {name} is missing.{hint}"
 
 
 def _put(tree: dict[str, Any], path: str, value: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""PyTorch weight files (.pt, .pth) read and written without PyTorch, and without running what a pickle asks for.
+"""PyTorch weight files (.pt, .pth, .bin) read and written without PyTorch, and without running what a pickle asks for.
 
 Such a file is a zip archive: `data.pkl` holds the structure as a pickle that refers to tensors, `data/0`, `data/1`, ...
 hold their numbers. Only the names that tensors and plain settings need are understood here; any other is refused, so
@@ -19,7 +19,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from nag_jax.errors import NagJaxError, UserError
+from nag_jax.errors import UserError
+from nag_jax.storage import whole_file
 
 Weights: TypeAlias = Literal["ema", "model"]
 
@@ -84,20 +85,13 @@ def write_state_dict(path: epath.PathLike, tensors: Mapping[str, np.ndarray]) ->
     Raises:
         NagJaxError: the file cannot be written.
     """
-    path = epath.Path(path)
-    try:
-        with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickle(tensors))
-            archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
-            for number, array in enumerate(tensors.values()):
-                member = zipfile.ZipInfo(f"archive/data/{number}")
-                archive.writestr(member, np.ascontiguousarray(array, "<f4").tobytes())
-            archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise NagJaxError(
-            f"Cannot write {path}: {error.strerror or error}. Free space or choose another path."
-        ) from error
+    with whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickle(tensors))
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
+        for number, array in enumerate(tensors.values()):
+            member = zipfile.ZipInfo(f"archive/data/{number}")
+            archive.writestr(member, np.ascontiguousarray(array, "<f4").tobytes())
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
 class _Storage(NamedTuple):
@@ -242,9 +236,9 @@ class _Unpickler(pickle.Unpickler):
 def _open_zip(path: epath.PathLike) -> zipfile.ZipFile:
     path = epath.Path(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist. Give a weight file of PyTorch (.pt or .pth).")
+        raise UserError(f"{path} does not exist. Give a weight file of PyTorch (.pt, .pth or .bin).")
     if path.is_dir():
-        raise UserError(f"{path} is a folder. Give a weight file of PyTorch (.pt or .pth).")
+        raise UserError(f"{path} is a folder. Give a weight file of PyTorch (.pt, .pth or .bin).")
     file = path.open("rb")
     start = file.read(len(_LEGACY_MAGIC))
     file.seek(0)
@@ -258,7 +252,7 @@ def _open_zip(path: epath.PathLike) -> zipfile.ZipFile:
             ) from error
         if start.startswith(b"PK\x03\x04"):
             raise UserError(f"{path} is cut short or damaged: its end is missing. Fetch the file again.") from error
-        raise UserError(f"{path} is no weight file of PyTorch. Give a .pt or .pth file.") from error
+        raise UserError(f"{path} is no weight file of PyTorch. Give a .pt, .pth or .bin file.") from error
 
 
 def _is_state_dict(content: Any) -> bool:

@@ -82,10 +82,12 @@ def from_torch_state_dict(state: Mapping[str, np.ndarray], config: VaeConfig) ->
             if state[name].shape != entry.shape
         ],
     )
-    _refuse(
-        "must be float32 but are not at",
-        [f"{name} ({state[name].dtype})" for name in table if state[name].dtype != np.float32],
-    )
+    rounded = [f"{name} ({state[name].dtype})" for name in table if state[name].dtype != np.float32]
+    if rounded:
+        raise UserError(
+            f"VAE: {len(rounded)} tensors are not float32, such as {rounded[0]}. Give the weights as they were "
+            "trained; rounded ones are another network."
+        )
     return traverse_util.unflatten_dict(
         {entry.path: state[name].transpose(entry.axes) for name, entry in table.items()}
     )

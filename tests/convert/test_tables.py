@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nag_jax import loading
 from nag_jax.convert import tables
+from nag_jax.denoiser import LatentSpace
 from nag_jax.errors import UserError
 from nag_jax.models.dit import init_params, unstack_blocks
 from nag_jax.models.layers import sincos_positions
@@ -41,18 +41,38 @@ def test_the_tree_is_the_networks_own(official):
     assert description.sample_shape == (8, 8, 4) and description.num_classes == 5 and description.model.learn_sigma
 
 
-def test_the_null_noise_embedding_is_new_dropped_or_kept(official):
+def test_a_null_noise_embedding_of_the_file_is_kept_or_dropped(official):
     description, params = convert(official, "sit")
-    t = jnp.asarray((np.arange(1000) + 0.5) / 1000, jnp.float32)
-    mean = np.asarray(loading.time_embeddings(description, params, t)).mean(axis=0)
-    np.testing.assert_allclose(params["null_noise_embedding"], mean, rtol=1e-5, atol=1e-6)
-    assert not description.has_null_noise
+    assert not description.has_null_noise and description.null_noise_init == "mean"
 
     kept = tables.export_params(params, description, "sit", source="folder", keep_null_noise=True)
     assert kept.keys() - official.keys() == {"null_noise_embedding"}
-    again, params_again = convert({**kept, "null_noise_embedding": np.arange(32, dtype=np.float32)}, "sit")
-    assert again.has_null_noise
+    with_own = {**kept, "null_noise_embedding": np.arange(32, dtype=np.float32)}
+    again, params_again = convert(with_own, "sit")
+    assert again.has_null_noise and again.null_noise_init == ""
     np.testing.assert_array_equal(params_again["null_noise_embedding"], np.arange(32))
+    with pytest.raises(UserError, match="leave out --init"):
+        tables.recognise(with_own, "sit", source="w.pt", num_heads=4, init="zeros")
+
+
+@pytest.mark.parametrize("init", [None, *loading.NULL_NOISE_INITS])
+def test_a_new_null_noise_embedding_starts_as_asked(official, init):
+    description = tables.recognise(official, "sit", source="w.pt", num_heads=4, init=init)
+    params = tables.import_params(official, description, source="w.pt")
+    assert description.null_noise_init == (init or "mean") and not description.has_null_noise
+    expected = loading.initial_null_noise(description, params, init or "mean")
+    np.testing.assert_array_equal(params["null_noise_embedding"], expected)
+
+
+def test_four_channels_are_latents_and_three_are_images(official):
+    latents, _ = convert(official)
+    assert latents.latent == LatentSpace(scaling_factor=0.18215, downsampling=8, encoder_hash="")
+    images = official | {
+        "x_embedder.proj.weight": official["x_embedder.proj.weight"][:, :3],
+        "final_layer.linear.weight": official["final_layer.linear.weight"][: 2 * 3 * 4],
+        "final_layer.linear.bias": official["final_layer.linear.bias"][: 2 * 3 * 4],
+    }
+    assert convert(images)[0].latent is None
 
 
 @pytest.mark.parametrize(
@@ -108,7 +128,6 @@ def renamed(tensors, old, new):
         (lambda t: t | {"pos_embed": t["pos_embed"][:, :15]}, "no square of tokens"),
         (lambda t: t | {"pos_embed": t["pos_embed"][0]}, "3 axes"),
         (lambda t: t | {"final_layer.linear.weight": np.zeros((48, 32), np.float32)}, "3 times the input's channels"),
-        (lambda t: {"encoder.conv_in.weight": t["pos_embed"]}, "autoencoder, not a DiT or SiT"),
         (lambda t: {"weight": t["pos_embed"]}, "state dict of a DiT or SiT?"),
     ],
 )
