@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
 from etils import epath
 
 from nag_jax import loading
