@@ -67,7 +67,9 @@ def make_network(folder: Path, size: str) -> dict[str, Any]:
     grid = description.sample_shape[0] // description.model.patch_size
     rng = np.random.default_rng(0)
     tensors = {}
-    for name, shape in tables.official_shapes(description).items():
+    shapes = tables.official_shapes(description)
+    for name in sorted(shapes, key=lambda name: name.startswith("final_layer.")):  # last, as in the official file
+        shape = shapes[name]
         tensors[name] = 0.02 * rng.standard_normal(shape, np.float32)
     tensors[tables.POSITIONS] = sincos_positions(grid, grid, tensors[tables.POSITIONS].shape[2])[None]
     torch_file.write_state_dict(folder / "DiT-random.pt", tensors)

@@ -15,6 +15,7 @@ import pytest
 from nag_jax import loading
 from nag_jax.checkpoint import Checkpoints
 from nag_jax.config import Config
+from nag_jax.denoiser import LatentSpace
 from nag_jax.diffusion.process import ProcessConfig
 from nag_jax.errors import UserError
 from nag_jax.loading import ModelDescription
@@ -57,7 +58,7 @@ def test_loaded_networks_are_called_as_they_were_trained(source: Path):
 
 def test_an_unused_null_embedding_starts_at_the_mean_of_the_time_mlp(source: Path):
     before = loading.read_params(source, "ema")
-    params = loading.read_for_fine_tuning(source, WITH_NAG, "ema")
+    params = loading.read_for_fine_tuning(source, WITH_NAG, "ema", seed=0)
     t = (np.arange(1000) + 0.5) / 1000
     expected = np.mean([loading.time_embeddings(CONTROL, before, jnp.float32(time)[None])[0] for time in t[::20]], 0)
     np.testing.assert_allclose(params["null_noise_embedding"], expected, rtol=2e-3, atol=2e-5)
@@ -94,7 +95,7 @@ def test_a_new_null_embedding_is_a_mean_a_draw_or_zeros():
 
 
 def test_a_trained_null_embedding_and_a_control_keep_it(source: Path, tmp_path: Path):
-    same = loading.read_for_fine_tuning(source, CONTROL, "params")
+    same = loading.read_for_fine_tuning(source, CONTROL, "params", seed=0)
     jax.tree.map(np.testing.assert_array_equal, same, loading.read_params(source, "params"))
 
 
@@ -103,12 +104,44 @@ def test_another_process_or_architecture_is_refused(source: Path):
         {"process": ProcessConfig("gvp")},
         {"output": "noise"},
         {"model": dataclasses.replace(CONTROL.model, depth=2)},
-        {"num_classes": 4},
+        {"sample_shape": (8, 8, 1)},
     ):
         with pytest.raises(UserError, match=f"its {next(iter(change))} is"):
-            loading.read_for_fine_tuning(source, dataclasses.replace(CONTROL, **change), "ema")
+            loading.read_for_fine_tuning(source, dataclasses.replace(CONTROL, **change), "ema", seed=0)
     compute = dataclasses.replace(CONTROL.model, dtype="bfloat16", remat="full")
-    loading.read_for_fine_tuning(source, dataclasses.replace(CONTROL, model=compute), "ema")
+    loading.read_for_fine_tuning(source, dataclasses.replace(CONTROL, model=compute), "ema", seed=0)
+
+
+def test_other_classes_get_new_rows_and_the_null_class_stays(source: Path):
+    before = loading.read_params(source, "ema")["y_embedder"]["embedding"]
+    other = dataclasses.replace(CONTROL, num_classes=500)
+    after, again, another = (
+        loading.read_for_fine_tuning(source, other, "ema", seed)["y_embedder"]["embedding"] for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(after, again)
+    np.testing.assert_array_equal(after[-1], before[-1])
+    assert after.shape == (501, 16) and not np.array_equal(after[:-1], another[:-1])
+    assert np.std(after[:-1]) == pytest.approx(0.02, rel=0.05)
+
+
+def test_blocks_take_the_layout_of_the_new_run(source: Path):
+    unrolled = dataclasses.replace(CONTROL, model=dataclasses.replace(CONTROL.model, scan_blocks=False))
+    stacked, separate = (
+        loading.read_for_fine_tuning(source, description, "ema", seed=0) for description in (CONTROL, unrolled)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b), stacked["blocks"], separate["blocks_0"])
+
+
+def test_latents_of_another_space_are_refused():
+    ours = LatentSpace(encoder_hash="a")
+    loading.check_latent(ours, LatentSpace(encoder_hash="a"), "net")
+    loading.check_latent(LatentSpace(), ours, "net")  # a published network does not name its encoder
+    with pytest.raises(UserError, match="encoder_hash a, but these have b"):
+        loading.check_latent(ours, LatentSpace(encoder_hash="b"), "net")
+    with pytest.raises(UserError, match="scaling_factor 0.18215, but these have 0.13"):
+        loading.check_latent(LatentSpace(), LatentSpace(scaling_factor=0.13), "net")
+    with pytest.raises(UserError, match="works on images, but the data are latents"):
+        loading.check_latent(None, ours, "net")
 
 
 def test_the_description_of_a_config_says_what_was_trained():
