@@ -31,7 +31,7 @@ from nag_jax.training.optimizer import OptimizerConfig
 # Keys that decide what a training run computes: a work folder goes on only under the same ones.
 FIXED_ON_RESUME = ("model", "process", "objective", "data", "optimizer", "batch_size", "ema", "seed")
 # Within them, what says only where the same things lie.
-FREE_ON_RESUME = ("data.data_dir",)
+FREE_ON_RESUME = ("data.data_dir", "data.vae", "data.latents")
 
 Section = TypeVar("Section")
 
@@ -67,7 +67,8 @@ class SamplingConfig:
         batch_size: samples drawn at once, over all devices.
         weights: "params" or the name of an average in `ema`.
         cfg_scale: classifier-free guidance, off at 1.
-        cfg_interval: times (lowest, highest) at which it acts.
+        domain_scale: Domain Guidance of a fine-tuned network, off at 1.
+        cfg_interval: times (lowest, highest) at which these two act.
         nag_scale: Noise Awareness Guidance, the paper's w, off at 0.
         nag_interval: times at which it acts.
         nag_null: the null branch of NAG: "network" or "posterior".
@@ -81,6 +82,7 @@ class SamplingConfig:
     batch_size: int = 256
     weights: str = "ema"
     cfg_scale: float = 1.5
+    domain_scale: float = 1.5
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     nag_scale: float = 1.0
     nag_interval: tuple[float, float] = (0.0, 1.0)
@@ -159,8 +161,8 @@ class Config:
         seed: seed of initialisation, data order and training draws.
         batch_size: examples of a training step, over all devices and hosts.
         num_steps: training steps.
-        init_from: a training folder whose parameters (those that `sampling.weights` names) training starts from; ""
-            starts afresh.
+        init_from: a training or converted folder whose parameters (those that `sampling.weights` names) training
+            starts from; the work folder keeps them in original/. "" starts afresh.
         model, process, objective, data, optimizer, checkpoint, parallel, log: see their classes.
         ema: averages of the parameters by name.
         sampling, eval, noise_shift, compare: see their classes.

@@ -144,6 +144,11 @@ def in_network_time(network_time: NetworkTime, t: jax.Array) -> jax.Array:
     return {"t": t, "1 - t": 1.0 - t, "1000 t - 1": 1000.0 * t - 1.0}[network_time]
 
 
+def predicted(output: NetworkOutput) -> PredictionKind:
+    """The prediction kind of a network's output in our sign."""
+    return "velocity" if output == "negative velocity" else output
+
+
 @dataclasses.dataclass(frozen=True)
 class NetworkFunction:
     """Calls a DiT-like Linen module in its own convention and answers in ours.
@@ -182,7 +187,7 @@ class NetworkFunction:
     @property
     def prediction(self) -> PredictionKind:
         """The prediction kind of the answer."""
-        return "velocity" if self.output == "negative velocity" else self.output
+        return predicted(self.output)
 
 
 def from_network(

@@ -28,16 +28,18 @@ from nag_jax.denoiser import (
     Params,
     from_network,
     in_network_time,
+    predicted,
 )
 from nag_jax.diffusion.process import ProcessConfig, make_process
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
-from nag_jax.models.dit import DiT, ModelConfig, build_model
-from nag_jax.models.layers import TimeEmbedding
+from nag_jax.models.dit import SIZES, DiT, ModelConfig, build_model, stack_blocks, unstack_blocks
+from nag_jax.models.layers import TimeEmbedding, normal_init
 from nag_jax.models.noise_estimator import build_estimator
 from nag_jax.noise_shift.calibration import Calibration
 from nag_jax.noise_shift.estimator import make_estimator
 from nag_jax.noise_shift.store import read_estimator
+from nag_jax.training.state import TrainState
 
 MODEL_FILE = "model.json"
 NUM_LEVELS_OF_NULL_EMBEDDING = 1000
@@ -94,20 +96,41 @@ class ModelDescription:
         )
 
 
-def describe(config: Config, *, num_classes: int, sample_shape: tuple[int, ...]) -> ModelDescription:
+def describe(
+    config: Config,
+    *,
+    num_classes: int,
+    sample_shape: tuple[int, ...],
+    latent: LatentSpace | None = None,
+    source: ModelDescription | None = None,
+) -> ModelDescription:
     """The description of the network that a training run makes.
 
     The DDPM process asks the network at 1000 t - 1 (with its 1000 levels, the number of the step), the others at t.
+
+    Args:
+        config: the settings of the run.
+        num_classes: classes of its data.
+        sample_shape: (H, W, C) of one state.
+        latent: what the states are latents of.
+        source: the network that training starts from, whose own convention (time input, sign of the output) goes on.
     """
+    output: NetworkOutput = config.objective.prediction
+    network_time: NetworkTime = "1000 t - 1" if config.process.name == "ddpm" else "t"
+    if source is not None:
+        network_time = source.network_time
+        if predicted(source.output) == output:
+            output = source.output
     return ModelDescription(
         model=config.model,
         process=config.process,
         num_classes=num_classes,
         sample_shape=sample_shape,
-        network_time="1000 t - 1" if config.process.name == "ddpm" else "t",
-        output=config.objective.prediction,
+        network_time=network_time,
+        output=output,
         has_null_label=config.objective.label_dropout > 0.0,
         has_null_noise=config.objective.noise_dropout > 0.0,
+        latent=latent,
     )
 
 
@@ -122,6 +145,26 @@ def read_description(folder: epath.PathLike) -> ModelDescription:
     if not path.exists():
         raise UserError(f"{folder} is no folder of a trained network: it has no {MODEL_FILE}. Give a training folder.")
     return from_section(ModelDescription, storage.read_json(path), str(path))
+
+
+def write_network(folder: epath.PathLike, description: ModelDescription, params: Params) -> None:
+    """Writes a network that was not trained here: `load` finds the same parameters as "ema" and as "params".
+
+    Args:
+        folder: to make.
+        description: of the network; written last, for a folder without it is not taken for a network.
+        params: host arrays.
+
+    Raises:
+        NagJaxError: it cannot be written.
+    """
+    folder = epath.Path(folder)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, opt_state=(), ema={"ema": params}, frozen={}
+    )
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(state)
+    write_description(folder, description)
 
 
 def load(path: epath.PathLike, weights: str = "ema", step: int | None = None) -> Denoiser:
@@ -175,35 +218,89 @@ def read_params(folder: epath.PathLike, weights: str, step: int | None = None) -
         return checkpoints.restore_params(weights, step)
 
 
-def read_for_fine_tuning(folder: epath.PathLike, description: ModelDescription, weights: str) -> Params:
+def read_for_fine_tuning(folder: epath.PathLike, description: ModelDescription, weights: str, seed: int) -> Params:
     """The parameters that training of `description` starts from.
 
     Where the source was initialised here and trained without noise-condition dropout, its null noise embedding has
     never been used and gets the "mean" of `initial_null_noise`. A converted network keeps what its conversion chose.
+    With another number of classes the rows of the classes are drawn anew, and that of the null class is kept.
 
     Args:
         folder: a converted or training folder.
         description: the network to be trained.
         weights: "params", or the name of an average.
+        seed: of new class embeddings.
 
     Returns:
-        The parameters, as host arrays.
+        The parameters, as host arrays, in the block layout of `description`.
 
     Raises:
-        UserError: the source is a network of another architecture, process, prediction or number of classes.
+        UserError: the source is a network of another architecture, process or prediction, or of other latents.
     """
     source = read_description(folder)
-    for field in ("model", "process", "num_classes", "sample_shape", "network_time", "output"):
-        before, now = getattr(source, field), getattr(description, field)
-        if field == "model":  # How a network is computed may change, what it computes may not.
-            free = {"dtype": "", "precision": "", "remat": "", "attention": ""}
-            before, now = (dataclasses.replace(config, **free) for config in (before, now))
-        if before != now:
-            raise UserError(f"init_from = {str(folder)!r} does not fit this config: its {field} is {before}, not {now}")
+    check_fine_tuning(source, description, str(folder))
     params = read_params(epath.Path(folder), weights)
     if description.has_null_noise and not source.has_null_noise and not source.null_noise_init:
-        params = {**params, "null_noise_embedding": initial_null_noise(description, params, "mean")}
+        params = {**params, "null_noise_embedding": initial_null_noise(source, params, "mean")}
+    if source.num_classes != description.num_classes:
+        params = {**params, "y_embedder": _new_classes(params["y_embedder"], description.num_classes, seed)}
+    if source.model.scan_blocks != description.model.scan_blocks:
+        params = jax.device_get((stack_blocks if description.model.scan_blocks else unstack_blocks)(params))
     return params
+
+
+def check_fine_tuning(source: ModelDescription, description: ModelDescription, name: str) -> None:
+    """Raises UserError unless training of `description` can start from the network `source`, called `name`."""
+    for field in ("model", "process", "sample_shape", "network_time", "output"):
+        before, now = getattr(source, field), getattr(description, field)
+        if field == "model":  # How a network is computed may change, what it computes may not.
+            before, now = _computed(before), _computed(now)
+        if before != now:
+            raise UserError(f"init_from = {name!r} does not fit this config: its {field} is {before}, not {now}")
+    check_latent(source.latent, description.latent, name)
+
+
+def check_latent(network: LatentSpace | None, data: LatentSpace | None, name: str) -> None:
+    """Raises UserError if a network, called `name`, is asked to work on latents of another space than its own.
+
+    A published network does not say which encoder its latents came from; it takes those of any.
+    """
+    if (network is None) != (data is None):
+        kinds = {True: "images", False: "latents"}
+        raise UserError(
+            f"The network in {name} works on {kinds[network is None]}, but the data are {kinds[data is None]}. "
+            "Set config.data.latents to the folder of its latents, or leave it empty for a network on images."
+        )
+    if network is None or data is None:
+        return
+    for field in ("scaling_factor", "downsampling", "encoder_hash"):
+        wanted, found = getattr(network, field), getattr(data, field)
+        if wanted != found and not (field == "encoder_hash" and not (wanted and found)):
+            raise UserError(
+                f"The network in {name} works on latents with {field} {wanted}, but these have {found}: they come "
+                "from another autoencoder. Encode the data, and decode samples, with the one that it was trained with."
+            )
+
+
+def _computed(model: ModelConfig) -> ModelConfig:
+    """What a network computes: `model` with the named sizes written out, and no word of how."""
+    explicit = (model.depth, model.hidden_size, model.num_heads)
+    depth, hidden_size, num_heads = SIZES[model.size] if model.size else explicit
+    return ModelConfig(
+        depth=depth,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        patch_size=model.patch_size,
+        learn_sigma=model.learn_sigma,
+    )
+
+
+def _new_classes(embedder: Params, num_classes: int, seed: int) -> Params:
+    """A label embedding of `num_classes` rows drawn as at initialisation, and the null class of `embedder`."""
+    null = embedder["embedding"][-1:]
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), num_classes)
+    rows = normal_init(key, (num_classes, null.shape[1]), jnp.float32)
+    return {"embedding": np.concatenate([np.asarray(rows), null])}
 
 
 def initial_null_noise(description: ModelDescription, params: Params, init: str) -> np.ndarray:

@@ -4,14 +4,17 @@
     python -m nag_jax.main --config=configs/imagenet256.py:sit_xl2,nag --workdir=DIR
     python -m nag_jax.main --mode=sample --checkpoint=runs/digits --config.sampling.nag_scale=2
     python -m nag_jax.main --mode=compare --checkpoint=runs/digits
+    python -m nag_jax.main --mode=encode --config=FILE --config.data.vae=FOLDER --config.data.latents=FOLDER
 
 A config file names what a run fixes; --config.a.b=VALUE changes a key, and --dry_run prints every key with its value.
---config.eval.methods names what is compared: plain, cfg, nag, cfg+nag, joint, class_free, nested, classifier_nag.
+--config.eval.methods names what is compared: plain, cfg, nag, cfg+nag, joint, class_free, nested, domain,
+domain+nag, classifier_nag.
 --config.sampling.cfg_scale is off at 1, nag_scale is off at 0. --config.sampling.stepper is euler, heun,
 euler_maruyama, ddim, ddpm, ddpm_learned or dpm_solver_pp_2m.
 
-Running the same command again goes on where the work folder stands, or rebuilds the report of a finished one. Modes
-other than train work on a trained network, by default under the settings that it was trained with.
+Running the same command again goes on where the work folder stands, or rebuilds the report of a finished one. Encode
+makes the latents that training reads. The other modes work on a trained network, by default under the settings that it
+was trained with.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from nag_jax.config import Config
 
 DEFAULT_CONFIG = "configs/digits.py"
-MODES = ("train", "sample", "evaluate", "noise_shift", "compare")
+MODES = ("train", "sample", "evaluate", "noise_shift", "compare", "encode")
 
 # No default here: ml_collections would read the default's file, and any wrong key, before errors can be explained.
 CONFIG = config_flags.DEFINE_config_file(
@@ -44,7 +47,9 @@ WORKDIR = flags.DEFINE_string(
 )
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; train also evaluates and writes the report.")
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Folder of a trained network, for every mode but train. Default: the work folder."
+    "checkpoint",
+    None,
+    "Folder of a trained or converted network, for every mode but train and encode. Default: the work folder.",
 )
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check everything, print the settings and what would run; no work folder is written."
@@ -57,12 +62,16 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"Unknown argument {arguments[1]!r}. Flags look like --workdir=DIR; see --help.")
     if CHECKPOINT.value and MODE.value == "train":
         raise UserError("--checkpoint is for other modes. To train from a network, set --config.init_from=FOLDER.")
+    if MODE.value == "encode":
+        if CHECKPOINT.value or WORKDIR.value:
+            raise UserError("--mode=encode has no --checkpoint and no --workdir; it writes to --config.data.latents.")
+        encode_data()
+        return
 
     # Imported late, so that --help and a wrong flag answer at once.
     from nag_jax.config import from_config_dict, to_dict
     from nag_jax.jobs import compare, evaluate, noise_shift, sample, train
-    from nag_jax.jobs.experiment import describe_experiment, open_experiment
-    from nag_jax.jobs.methods import check_methods
+    from nag_jax.jobs.experiment import check_sampling, describe_experiment, open_experiment, open_training
 
     default = CHECKPOINT.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = epath.Path(WORKDIR.value or default)
@@ -71,8 +80,8 @@ def main(arguments: list[str]) -> None:
     config = from_config_dict(CONFIG.value) if is_training else config_of_trained(checkpoint)
     if DRY_RUN.value:
         methods = (compare if MODE.value == "compare" else evaluate).make_methods(config)
-        experiment = open_experiment(config, workdir, None if is_training else checkpoint)
-        check_methods(config, experiment.description, methods)
+        experiment = open_training(config, workdir) if is_training else open_experiment(config, workdir, checkpoint)
+        check_sampling(experiment, methods)
         print(json.dumps(to_dict(config), indent=2))
         print(describe_experiment(experiment, MODE.value, methods))
     elif is_training:
@@ -82,6 +91,19 @@ def main(arguments: list[str]) -> None:
     else:
         job = {"sample": sample, "noise_shift": noise_shift, "compare": compare}[MODE.value]
         print(f"written: {job.run(config, workdir, checkpoint)}", flush=True)
+
+
+def encode_data() -> None:
+    """--mode=encode: works on data alone, so on the config as --config gives it."""
+    from nag_jax.config import from_config_dict, to_dict
+    from nag_jax.jobs import encode
+
+    config = from_config_dict(CONFIG.value)
+    if DRY_RUN.value:
+        print(json.dumps(to_dict(config), indent=2))
+        print(encode.describe(config))
+    else:
+        print(f"written: {encode.run(config)}", flush=True)
 
 
 def config_of_trained(checkpoint: epath.Path) -> Config:
@@ -94,6 +116,8 @@ def config_of_trained(checkpoint: epath.Path) -> Config:
     from nag_jax.config import from_config_dict, to_dict, with_training_of
 
     path = checkpoint / "config.json"
+    if not path.exists() and (checkpoint / "model.json").exists():
+        return config_of_converted(checkpoint)
     if not path.exists():
         raise UserError(f"{checkpoint} is no folder of a trained network: it has no config.json. Train one first.")
     stored = from_config_dict(storage.read_json(path))
@@ -102,6 +126,27 @@ def config_of_trained(checkpoint: epath.Path) -> Config:
     changed = ConfigDict(to_dict(stored))
     changed.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
     return with_training_of(from_config_dict(changed), stored)
+
+
+def config_of_converted(checkpoint: epath.Path) -> Config:
+    """The settings of a job on the converted network in `checkpoint`: --config, with what `model.json` says of it."""
+    import dataclasses
+    from typing import Any
+
+    from nag_jax.config import from_config_dict
+    from nag_jax.denoiser import predicted
+    from nag_jax.loading import read_description
+
+    if not is_config_given(sys.argv[1:]):
+        raise UserError(
+            f"{checkpoint} holds a converted network, which says nothing of how to sample it. Give --config, such as "
+            "--config=configs/imagenet256.py:sit_xl2."
+        )
+    config, description = from_config_dict(CONFIG.value), read_description(checkpoint)
+    prediction: Any = predicted(description.output)
+    noise_dropout = config.objective.noise_dropout if description.has_null_noise else 0.0
+    objective = dataclasses.replace(config.objective, prediction=prediction, noise_dropout=noise_dropout)
+    return dataclasses.replace(config, model=description.model, process=description.process, objective=objective)
 
 
 def is_config_given(arguments: list[str]) -> bool:

@@ -80,9 +80,14 @@ def _setup(config: Json, environment: Json, lines: Sequence[Json], evaluation: E
             f"{_count(parameters['null_noise_embedding'])} for the null noise embedding."
         )
     step = evaluation.step if evaluation else lines[-1]["step"] if lines else 0
-    trained = f"Trained for {_count(step)} steps of {_count(config.get('batch_size'))} examples"
-    dropout = config.get("objective", {}).get("noise_dropout")
-    sentences.append(f"{trained}; {dropout:.0%} of them without their noise condition." if dropout else f"{trained}.")
+    if step:
+        start = f" from {config['init_from']}" if config.get("init_from") else ""
+        trained = f"Trained{start} for {_count(step)} steps of {_count(config.get('batch_size'))} examples"
+        dropout = config.get("objective", {}).get("noise_dropout")
+        without = f"; {dropout:.0%} of them without their noise condition" if dropout else ""
+        sentences.append(f"{trained}{without}.")
+    else:
+        sentences.append("The network was converted, and not trained here.")
     sampling = evaluation.conditions.get("sampling") if evaluation else None
     if evaluation and sampling:
         sentences.append(

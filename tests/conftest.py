@@ -1,13 +1,16 @@
-"""What every test runs under: the CPU, fixed hypothesis draws, and the rule for skipped parity tests.
+"""What every test runs under: the CPU, fixed hypothesis draws, the torch DiT, and the rule for skipped parity tests.
 
 Parity tests compare with live peers (PyTorch and friends) that are installed on Python 3.11 only. Elsewhere
 they skip and the summary counts them; under continuous integration on 3.11 a skipped one is a failure.
 """
 
+import importlib.util
 import os
 import re
 import sys
 from collections.abc import Generator
+from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
 
@@ -21,6 +24,18 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 _HAS_PEERS = sys.version_info[:2] == (3, 11)
 _MUST_NOT_SKIP = _HAS_PEERS and bool(os.environ.get("CI"))
+
+
+@pytest.fixture(scope="session")
+def torch_dit() -> ModuleType:
+    """The module tests/models/torch_dit.py, which importlib mode imports by no name; skips without torch."""
+    pytest.importorskip("torch")
+    path = Path(__file__).with_name("models") / "torch_dit.py"
+    spec = importlib.util.spec_from_file_location("torch_dit", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class ParitySkips:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from nag_jax.data.fine_tuning_sets import FINE_TUNING_SETS
 
 from nag_jax.config import (
     Config,
@@ -176,18 +177,52 @@ def test_options():
 
 def test_imagenet_options_choose_the_published_settings():
     sit, dit = get_config("imagenet256.py", "sit_xl2,nag"), get_config("imagenet256.py", "dit_s4")
-    assert (sit.model.size, sit.model.patch_size, sit.process.name) == ("XL", 16, "linear")
+    assert (sit.model.size, sit.model.patch_size, sit.process.name) == ("XL", 2, "linear")
     assert (sit.objective.prediction, sit.sampling.stepper, sit.objective.noise_dropout) == (
         "velocity",
         "euler_maruyama",
         0.1,
     )
-    assert (dit.model.size, dit.model.patch_size, dit.process.name) == ("S", 32, "ddpm")
+    assert (dit.model.size, dit.model.patch_size, dit.process.name) == ("S", 4, "ddpm")
     assert dit.objective.learn_variance and dit.model.learn_sigma and dit.objective.noise_dropout == 0.0
-    assert "nag" not in dit.eval.methods
+    assert "nag" not in dit.eval.methods and not dit.init_from
 
 
-@pytest.mark.parametrize("name", ["digits.py", "imagenet256.py"])
+@pytest.mark.parametrize("family", ["sit_xl2", "dit_xl2"])
+def test_fine_tuning_and_its_control_differ_in_the_noise_dropout_alone(family: str):
+    with_nag, control = (get_config("imagenet256.py", f"{family},finetune{nag}") for nag in (",nag", ""))
+    assert with_nag.init_from == f"converted/{family}"
+    assert with_nag.num_steps == 10 * 1_281_167 // 256
+    as_control = dataclasses.replace(
+        with_nag, objective=dataclasses.replace(with_nag.objective, noise_dropout=0.0), eval=control.eval
+    )
+    assert as_control == control
+
+
+@pytest.mark.parametrize("name", FINE_TUNING_SETS)
+def test_every_fine_tuning_set_has_the_same_protocol_and_a_control(name: str):
+    with_nag, control = get_config("finetune.py", f"{name},nag"), get_config("finetune.py", name)
+    assert (with_nag.num_steps, with_nag.batch_size, with_nag.optimizer.learning_rate) == (24_000, 32, 1e-4)
+    assert (with_nag.sampling.num_steps, with_nag.eval.num_samples) == (50, 10_000)
+    assert with_nag.data.name == FINE_TUNING_SETS[name].name and with_nag.data == control.data
+    assert control.objective.noise_dropout == 0.0 and "domain+nag" in with_nag.eval.methods
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("imagenet256.py", "null_only", "add nag,finetune"),
+        ("imagenet256.py", "sit_b2,finetune", "there is none of sit_b2"),
+        ("finetune.py", "cub,null_only", "add nag"),
+        ("finetune.py", "cub,cars", "exclude each other"),
+    ],
+)
+def test_options_that_make_no_sense_together_are_refused(name: str, options: str, message: str):
+    with pytest.raises(UserError, match=message):
+        get_config(name, options)
+
+
+@pytest.mark.parametrize("name", ["digits.py", "finetune.py", "imagenet256.py"])
 def test_every_config_has_a_smoke_variant(name: str):
     assert get_config(name, "smoke").num_steps <= 10
 

@@ -22,12 +22,12 @@ import sys
 
 from etils import epath
 
+from nag_jax import loading
 from nag_jax.convert import tables
 from nag_jax.convert.diffusers_vae import import_autoencoder
-from nag_jax.convert.network import export_network, import_network, write_network
+from nag_jax.convert.network import export_network, import_network
 from nag_jax.convert.source import Part, read_source
 from nag_jax.errors import NagJaxError, UserError
-from nag_jax.loading import NULL_NOISE_INITS
 
 PIPELINE_PARTS: dict[str, Part | None] = {"auto": None, "dit": "network", "sit": "network", "vae": "autoencoder"}
 
@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_heads", type=int, help="attention heads, for an official file of no published size")
     parser.add_argument(
         "--init",
-        choices=NULL_NOISE_INITS,
+        choices=loading.NULL_NOISE_INITS,
         help="how the new null noise embedding starts: the mean output of the time MLP over the training levels "
         "(default), N(0, 0.02^2) with a fixed seed, or zeros; an error where the file holds one",
     )
@@ -80,7 +80,7 @@ def import_weights(given: argparse.Namespace) -> str:
     _refuse(given, ("name",), "an autoencoder, not for a DiT or SiT")
     network, params = import_network(source, given.kind, num_heads=given.num_heads, init=given.init, vae=given.vae)
     del source  # its tensors take as much memory as the parameters
-    write_network(target, network, params)
+    loading.write_network(target, network, params)
     height, width, channels = network.sample_shape
     size = network.model.size or f"of {network.model.depth} blocks"
     return f"network {size}, {network.num_classes} classes, states {height} x {width} x {channels}"

@@ -7,17 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
 from etils import epath
 
 from nag_jax import loading
 from nag_jax.autoencoder import read_autoencoder
-from nag_jax.checkpoint import Checkpoints
 from nag_jax.convert import diffusers_dit, tables, torch_file
 from nag_jax.convert.source import Source
 from nag_jax.denoiser import Params
 from nag_jax.errors import UserError
-from nag_jax.training.state import TrainState
 
 
 def import_network(
@@ -28,7 +25,7 @@ def import_network(
     init: str | None = None,
     vae: epath.PathLike | None = None,
 ) -> tuple[loading.ModelDescription, Params]:
-    """The network of a source; `write_network` makes a folder of it.
+    """The network of a source; `loading.write_network` makes a folder of it.
 
     Args:
         source: from `read_source`: an official network, or diffusers' DiT.
@@ -52,18 +49,6 @@ def import_network(
     if channels != needed:
         raise UserError(f"{vae} makes latents of {channels} channels; the network of {source.path} has {needed}.")
     return dataclasses.replace(description, latent=autoencoder.latent), params
-
-
-def write_network(target: epath.PathLike, description: loading.ModelDescription, params: Params) -> None:
-    """Writes a folder for `nag_jax.load`, which finds the same weights as "ema" and "params".
-
-    Raises:
-        NagJaxError: it cannot be written.
-    """
-    step: Any = np.zeros((), np.int32)
-    with Checkpoints(epath.Path(target) / "checkpoints") as checkpoints:
-        checkpoints.save(TrainState(step=step, params=params, opt_state=(), ema={"ema": params}, frozen={}))
-    loading.write_description(target, description)  # last: a folder without it is not taken for a network
 
 
 def _in_our_layout(

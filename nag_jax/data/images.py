@@ -1,6 +1,7 @@
-"""From a stored image to what a network sees: decoding, channels, crop, range. NumPy and Pillow only."""
+"""From a stored image to what a network sees, and back to bytes: decoding, channels, crop, range."""
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,11 +14,20 @@ def decode_image(encoded: bytes) -> np.ndarray:
       encoded: the file's bytes.
 
     Returns:
-      uint8 [H, W, 1] for 8-bit grey images, otherwise [H, W, 3] in RGB (transparency is dropped).
+      uint8 [H, W, 1] for grey images of 8 or 16 bits, otherwise [H, W, 3] in RGB (transparency is dropped). Of 16 bits
+      the upper 8 are kept.
+
+    Raises:
+      ValueError: pixels of 32 bits.
+      OSError: no image, or a damaged one (Pillow raises others too).
     """
     with Image.open(io.BytesIO(encoded)) as opened:
-        image = opened if opened.mode in ("L", "RGB") else opened.convert("RGB")
-        pixels = np.asarray(image)
+        if opened.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+            pixels = (np.asarray(opened) >> 8).astype(np.uint8)
+        elif opened.mode in ("I", "F"):
+            raise ValueError("pixels have 32 bits; only 8 and 16 are read")
+        else:
+            pixels = np.asarray(opened if opened.mode in ("L", "RGB") else opened.convert("RGB"))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
@@ -76,13 +86,14 @@ def _center_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
+def to_uint8(images: Any) -> Any:
     """Images in [-1, 1] as bytes, the inverse of `to_float` for bytes.
 
     Args:
-      images: float, any shape; values beyond [-1, 1] are clipped.
+      images: float, any shape, of NumPy or JAX; values beyond [-1, 1] are clipped.
 
     Returns:
       uint8, same shape, rounded to nearest.
     """
-    return np.clip(np.round((images + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    namespace = images.__array_namespace__()
+    return namespace.clip(namespace.round((images + 1.0) * 127.5), 0, 255).astype(np.uint8)

@@ -3,29 +3,38 @@
 Rows [sB, (s+1)B) of an endless sequence, the epochs' permutations one after the other, are batch s; process p
 of P reads the p-th of its P equal parts. So the position in the data *is* the training step: a run resumes at
 any step, with any number of processes or workers, and nothing about the data need be saved.
+
+A source holds images or latents; a batch has "image" or "moments" accordingly, and all else is the same.
 """
 
 import dataclasses
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, TypeAlias
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nag_jax.data import draws
 from nag_jax.data.images import to_float
+from nag_jax.data.latents import LatentSource, sample_states
 from nag_jax.data.sources import DataConfig, Source, load_example
 from nag_jax.errors import UserError
 
 Batches: TypeAlias = Generator[dict[str, np.ndarray], None, None]
+AnySource: TypeAlias = Source | LatentSource
 
 # Batches read ahead, in each process or worker: enough to hide a slow read, few enough for 256-pixel batches
 # in memory.
 READ_AHEAD = 4
 
+# The noise of held-out latents is the same in every run, whatever its seed, as held-out images are.
+HELD_OUT_NOISE_SEED = 0
+
 
 def make_batches(
-    source: Source,
+    source: AnySource,
     config: DataConfig,
     *,
     batch_size: int,
@@ -49,7 +58,8 @@ def make_batches(
 
     Returns:
       An iterator of {"image": float32 [B_local, H, W, C] in [-1, 1], "label": int32 [B_local], "index": int64
-      [B_local], the records' numbers}. Its `close()` stops the reading.
+      [B_local], the records' numbers}; of latents {"moments": float16 [B_local, h, w, 2 C], unscaled mean and
+      log-variance of the image or of the mirrored one, "label", "index"}. Its `close()` stops the reading.
 
     Raises:
       UserError: the batch cannot be shared out, a negative seed, or (while iterating) a damaged record.
@@ -73,7 +83,7 @@ def make_batches(
 
 
 def ordered_batches(
-    source: Source, config: DataConfig, *, batch_size: int, limit: int | None = None
+    source: AnySource, config: DataConfig, *, batch_size: int, limit: int | None = None
 ) -> Batches:
     """Every record once, in the source's order, unaugmented; for evaluation.
 
@@ -89,15 +99,37 @@ def ordered_batches(
     Raises:
       UserError: while iterating, a damaged record.
     """
+    total = len(source) if limit is None else min(limit, len(source))
+    return batches_of(source, config, parts_of(range(total), batch_size))
+
+
+def batches_of(source: AnySource, config: DataConfig, ranges: Sequence[range]) -> Batches:
+    """A batch of each of the given ranges of records, unaugmented.
+
+    Args:
+      source: the records.
+      config: `image_size` and `channels` are read here.
+      ranges: the records of each batch.
+
+    Returns:
+      An iterator of batches as `make_batches` gives them.
+
+    Raises:
+      UserError: while iterating, a damaged record.
+    """
     import grain
 
-    total = len(source) if limit is None else min(limit, len(source))
-    starts = grain.MapDataset.range(0, total, batch_size)
-    return _read_ahead(starts.map(_ReadOrderedBatch(source, config, batch_size, total)), num_workers=0)
+    numbers = grain.MapDataset.range(len(ranges))
+    return _read_ahead(numbers.map(_ReadRange(source, config, ranges)), num_workers=0)
+
+
+def parts_of(records: range, size: int) -> list[range]:
+    """A range in consecutive parts of `size`; the last may be shorter."""
+    return [records[first : first + size] for first in range(0, len(records), size)]
 
 
 def eval_arrays(
-    source: Source, config: DataConfig, limit: int | None = None
+    source: AnySource, config: DataConfig, limit: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """A small held-out set as two arrays, in the source's order, unaugmented.
 
@@ -107,13 +139,22 @@ def eval_arrays(
       limit: the first that many, at least 1; None for all.
 
     Returns:
-      (images float32 [N, H, W, C] in [-1, 1], labels int32 [N]).
+      (float32 [N, H, W, C], labels int32 [N]): images in [-1, 1], or scaled latents, drawn from each record's moments
+      with noise that depends on the record's number alone.
 
     Raises:
       UserError: a damaged record.
     """
     batches = list(ordered_batches(source, config, batch_size=256, limit=limit))
-    return np.concatenate([b["image"] for b in batches]), np.concatenate([b["label"] for b in batches])
+    labels = np.concatenate([b["label"] for b in batches])
+    if isinstance(source, Source):
+        return np.concatenate([b["image"] for b in batches]), labels
+    key = jax.random.key(HELD_OUT_NOISE_SEED, impl="threefry2x32")
+    states = []
+    for batch in batches:
+        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.asarray(batch["index"], jnp.uint32))
+        states.append(sample_states(jnp.asarray(batch["moments"]), keys, source.latent.scaling_factor))
+    return np.concatenate(states), labels
 
 
 def check_batch_size(batch_size: int, process_count: int) -> None:
@@ -140,7 +181,7 @@ def check_batch_size(batch_size: int, process_count: int) -> None:
 class _ReadTrainingBatch:
     """Step -> this process's part of the batch; picklable, so that workers can hold it."""
 
-    source: Source
+    source: AnySource
     config: DataConfig
     seed: int
     batch_size: int
@@ -160,28 +201,35 @@ class _ReadTrainingBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class _ReadOrderedBatch:
-    """First record's number -> the batch that begins with it."""
+class _ReadRange:
+    """A batch's number -> the batch of its range of records."""
 
-    source: Source
+    source: AnySource
     config: DataConfig
-    batch_size: int
-    total: int
+    ranges: Sequence[range]
 
-    def __call__(self, start: int) -> dict[str, np.ndarray]:
-        records = list(range(start, min(start + self.batch_size, self.total)))
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        records = list(self.ranges[number])
         return _read_records(self.source, self.config, records, [False] * len(records))
 
 
 def _read_records(
-    source: Source, config: DataConfig, records: list[int], mirror: list[bool]
+    source: AnySource, config: DataConfig, records: list[int], mirror: list[bool]
 ) -> dict[str, np.ndarray]:
-    pixels = np.empty((len(records), config.image_size, config.image_size, config.channels), np.uint8)
     labels = np.empty(len(records), np.int32)
+    index = np.asarray(records, np.int64)
+    if isinstance(source, LatentSource):
+        height, width, channels = source.image_shape
+        moments = np.empty((len(records), height, width, 2 * channels), np.float16)
+        for row, (record, mirrored) in enumerate(zip(records, mirror, strict=True)):
+            stored = source[record]
+            moments[row], labels[row] = stored["moments"][int(mirrored)], stored["label"]
+        return {"moments": moments, "label": labels, "index": index}
+    pixels = np.empty((len(records), config.image_size, config.image_size, config.channels), np.uint8)
     for row, (record, mirrored) in enumerate(zip(records, mirror, strict=True)):
         image, labels[row] = load_example(source, config, record)
         pixels[row] = image[:, ::-1] if mirrored else image
-    return {"image": to_float(pixels), "label": labels, "index": np.asarray(records, np.int64)}
+    return {"image": to_float(pixels), "label": labels, "index": index}
 
 
 def _read_ahead(batches: Any, num_workers: int) -> Batches:

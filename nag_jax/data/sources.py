@@ -1,14 +1,13 @@
 """Opening a data set: random access to the records of one split, with what a run must know about them.
 
-Everything is read through TFDS from array_record files, without TensorFlow. The order of records, batches and
-augmentation are `pipeline`'s.
+Data sets are read through TFDS from array_record files, without TensorFlow, or are image folders (`image_folder`).
+Which names there are is `catalogue`'s, preparing is `prepare`'s; the order of records, batches and augmentation are
+`pipeline`'s.
 """
 
 import contextlib
 import dataclasses
-import difflib
 import io
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +16,10 @@ from absl import logging
 from etils import epath
 
 from nag_jax.data import images
+from nag_jax.data.catalogue import data_folder, find_builder, split_names
+from nag_jax.data.image_folder import open_folder
+from nag_jax.data.prepare import prepare
 from nag_jax.errors import UserError
-
-DEFAULT_DATA_DIR = "~/.cache/nag_jax/tfds"
 
 # Data sets whose files are no larger than this keep their decoded images in memory after the first reading.
 KEEP_DECODED_BYTES = 32 * 2**20
@@ -30,12 +30,12 @@ class DataConfig:
     """Which data, and how an image is brought to the network's size.
 
     Attributes:
-      name: "digits", or any TFDS image data set with features `image` and `label` ("imagenet2012", "cifar10",
-        "imagenet_resized/64x64", …).
+      name: "digits", "df20m", "artbench10", any TFDS image data set with features `image` and `label`
+        ("imagenet2012", "cifar10", "imagenet_resized/64x64", …), or "image_folder".
       split: TFDS split to train on; slices such as "train[:90%]" work.
       eval_split: held-out split.
       data_dir: folder of the prepared data sets; "" means $TFDS_DATA_DIR, or ~/.cache/nag_jax/tfds where that
-        is not set.
+        is not set. For "image_folder" the folder that holds SPLIT/CLASS/images.
       image_size: side of the square images in pixels; larger ones are centre-cropped as ADM does.
       channels: 1 (grey) or 3 (RGB).
       vae: folder of a converted autoencoder; latents are made by it and samples decoded by it. "" for images.
@@ -68,8 +68,9 @@ class Source:
       num_classes: labels lie in [0, num_classes).
       image_shape: (image_size, image_size, channels), the shape after preprocessing; a stored image may have
         any size.
-      fingerprint: data set, version, split and count in one line, to be written beside results.
-      records: the stored records; an image is encoded bytes, or pixels where the data are made up.
+      fingerprint: data set, version (for an image folder a hash of the file names), split and count in one line, to
+        be written beside results.
+      records: the stored records; an image is encoded bytes, or pixels.
       decoded: what was read so far, for a data set small enough to be kept in memory; None for others.
     """
 
@@ -80,6 +81,11 @@ class Source:
     fingerprint: str
     records: Sequence[dict[str, Any]] = dataclasses.field(repr=False)
     decoded: dict[int, tuple[np.ndarray, int]] | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def latent(self) -> None:
+        """None: the states of a network on these data are images."""
+        return None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -114,6 +120,8 @@ class Source:
             if isinstance(image, bytes):
                 image = images.decode_image(image)
             return image, int(record["label"])
+        except UserError:  # an image folder names the file
+            raise
         except Exception as error:  # array_record, protobuf and Pillow each raise their own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -141,6 +149,8 @@ def open_source(config: DataConfig, split: str) -> Source:
         raise UserError(f"data.image_size is {config.image_size}; it must be at least 1")
     if config.mock_examples < 0:
         raise UserError(f"data.mock_examples is {config.mock_examples}; it must be 0 or more")
+    if config.name == "image_folder":
+        return _open_image_folder(config, split)
     if config.mock_examples:
         builder, records = _open_mock(config, split)
         mock, keep = " mock", False
@@ -158,66 +168,64 @@ def open_source(config: DataConfig, split: str) -> Source:
     )
 
 
-def data_folder(config: DataConfig) -> epath.Path:
-    """The folder in which TFDS looks for the data set and where the digits are prepared.
-
-    Args:
-      config: its `data_dir` decides, else $TFDS_DATA_DIR, else ~/.cache/nag_jax/tfds.
-
-    Returns:
-      The folder; it need not exist.
-    """
-    return epath.Path(config.data_dir or os.environ.get("TFDS_DATA_DIR") or DEFAULT_DATA_DIR).expanduser()
-
-
 def prepare_digits(folder: epath.PathLike) -> None:
-    """Write the digits as array_record files under `folder`, unless they are there.
-
-    TFDS writes into a temporary folder and renames it, so the data set is there whole or not at all: a killed
-    process leaves only a temporary folder, and of several processes at once the first to finish wins.
+    """`prepare` the digits without its progress bars, unless they are there.
 
     Args:
       folder: the TFDS data folder.
     """
-    from nag_jax.data.builders.digits import Digits
-
-    builder = Digits(data_dir=folder, file_format="array_record")
-    if builder.data_path.exists():
+    if find_builder("digits", folder).data_path.exists():
         return
     logging.info("Preparing the data set digits in %s", folder)
-    try:
-        # TFDS announces a download of unknown size and draws many progress bars.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            builder.download_and_prepare()
-    except OSError:
-        if not builder.data_path.exists():
-            raise
+    # TFDS announces a download of unknown size and draws many progress bars.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        prepare("digits", folder)
+
+
+def _open_image_folder(config: DataConfig, split: str) -> Source:
+    if config.mock_examples:
+        raise UserError(
+            "data.mock_examples makes up images where the classes are known without the data; an image folder's are "
+            "not. Set data.mock_examples=0, or data.name to a TFDS data set."
+        )
+    records = open_folder(config.data_dir, split, train_split=config.split)
+    return Source(
+        name=config.name,
+        split=split,
+        num_classes=len(records.classes),
+        image_shape=(config.image_size, config.image_size, config.channels),
+        fingerprint=f"{config.name} {records.digest} {split} {len(records)}",
+        records=records,
+    )
 
 
 def _open_prepared(config: DataConfig, split: str) -> tuple[Any, Sequence[dict[str, Any]]]:
     """The TFDS builder and the records; images come encoded, so that every machine decodes them alike."""
     import tensorflow_datasets as tfds
 
-    folder = data_folder(config)
+    folder = data_folder(config.data_dir)
     if config.name == "digits":
         prepare_digits(folder)
-    builder = _builder(config, folder)
+    builder = find_builder(config.name, folder)
     if not builder.data_path.exists():
         raise UserError(
-            f"data set {config.name!r} is not prepared in {folder}. Set data.data_dir (or TFDS_DATA_DIR) to "
-            f'the folder that has it, or prepare it with tfds.builder("{config.name}", data_dir="{folder}")'
-            '.download_and_prepare(file_format="array_record"); data.mock_examples=64 runs on made-up images.'
+            f"data set {config.name!r} is not prepared in {folder}. Set data.data_dir (or TFDS_DATA_DIR) to the folder "
+            f"that has it, or run python -m nag_jax.data.prepare {config.name} --data_dir={folder}; "
+            "data.mock_examples=64 runs on made-up images."
         )
     known = sorted(builder.info.splits)
-    if split.split("[")[0].strip() not in known:
+    if not set(split_names(split)) <= set(known):
         raise UserError(f"data set {config.name!r} has no split {split!r}; known splits: {', '.join(known)}")
+    # All images, so that the masks of caltech_birds2011 are not decoded for nothing.
+    features = builder.info.features.items()
+    encoded = [key for key, feature in features if isinstance(feature, tfds.features.Image)]
+    decoders = {key: tfds.decode.SkipDecoding() for key in encoded}
     try:
-        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        records = builder.as_data_source(split, decoders=decoders)
     except NotImplementedError as error:
         raise UserError(
-            f"data set {config.name!r} in {folder} was prepared as {builder.info.file_format.value}, which "
-            "has no random access. Prepare it again, into another folder, with "
-            'download_and_prepare(file_format="array_record").'
+            f"data set {config.name!r} in {folder} was prepared as {builder.info.file_format.value}, which has no "
+            f"random access. Prepare it elsewhere: python -m nag_jax.data.prepare {config.name} --data_dir=ANOTHER"
         ) from error
     except (ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -234,38 +242,10 @@ def _open_mock(config: DataConfig, split: str) -> tuple[Any, Sequence[dict[str, 
     import tensorflow_datasets as tfds
 
     with tfds.testing.mock_data(num_examples=config.mock_examples):
-        builder = _builder(config, data_folder(config))
+        builder = find_builder(config.name, data_folder(config.data_dir))
         made_up = builder.as_data_source(split)
         records = [{key: made_up[i][key] for key in ("image", "label")} for i in range(config.mock_examples)]
     return builder, records
-
-
-def _builder(config: DataConfig, folder: epath.Path) -> Any:
-    import tensorflow_datasets as tfds
-
-    if config.name == "digits":
-        from nag_jax.data.builders.digits import Digits
-
-        return Digits(data_dir=folder, file_format="array_record")
-    try:
-        builder = tfds.builder(config.name, data_dir=folder)
-    except tfds.core.DatasetNotFoundError as error:
-        known = sorted({"digits", *tfds.list_builders(with_community_datasets=False)})
-        nearest = difflib.get_close_matches(config.name, known, n=4) or ["digits", "cifar10", "imagenet2012"]
-        raise UserError(
-            f"unknown data set {config.name!r}, and none of that name in {folder}. Nearest known: "
-            f"{', '.join(nearest)} (tfds.list_builders() names all {len(known)})."
-        ) from error
-    except ImportError as error:
-        raise UserError(f"data set {config.name!r} needs a package that is not installed: {error}") from error
-    features = builder.info.features
-    usable = {"image", "label"} <= set(features) and isinstance(features["label"], tfds.features.ClassLabel)
-    if not usable:
-        raise UserError(
-            f"data set {config.name!r} cannot be used: it needs features `image` and `label` (a class), "
-            f"and has {', '.join(features)}"
-        )
-    return builder
 
 
 def load_example(source: Source, config: DataConfig, index: int) -> tuple[np.ndarray, int]:

@@ -32,7 +32,7 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
         UserError: the checkpoint cannot be read, the grid is empty, or NAME holds a comparison under other conditions.
     """
     methods = make_methods(config)
-    experiment, network = open_trained(config, workdir, checkpoint, methods)
+    experiment, network = open_trained(config, workdir, checkpoint, methods, needs_data=True)
     measuring = prepare_measuring(experiment, network)
     guiding = prepare_guiding(experiment, network, methods)
     feature_net, accuracy = features.prepare(experiment)
@@ -46,8 +46,7 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     if results.is_finished(folder, conditions, last_file="compare.json"):
         return folder
 
-    denoiser = experiment.description.denoiser(network.params)
-    drawn = draw(experiment, denoiser, methods, measuring=measuring.estimator, guiding=guiding)
+    drawn = draw(experiment, network, methods, measuring=measuring.estimator, guiding=guiding)
     distances = results.measure_distances(experiment, methods, drawn, feature_net, accuracy)
     shifts = results.measure_shifts(experiment, drawn, measuring)
     comparison = storage.as_json(make_comparison(weights(config), distances, shifts))

@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from nag_jax.data.images import to_uint8
 from nag_jax.data.labels import label_rule
-from nag_jax.denoiser import Denoiser
 from nag_jax.diffusion.sampler import Sampler
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import NagJaxError
-from nag_jax.jobs.experiment import Experiment
+from nag_jax.jobs.experiment import Experiment, TrainedNetwork
 from nag_jax.jobs.methods import Method, make_samplers
 from nag_jax.noise_shift.answers import Answers
 from nag_jax.parallel import batch_sharding
@@ -26,7 +25,7 @@ class Drawn(NamedTuple):
     """The samples of one method.
 
     Attributes:
-        images: uint8 [N, H, W, C].
+        images: uint8 [N, H, W, C], decoded where the states are latents.
         answers: Answers [T, N] of the measuring estimator, or None.
         times: the times [T] of the answers.
         evaluations_per_image: network evaluations behind each sample.
@@ -46,14 +45,14 @@ def sample_labels(experiment: Experiment) -> np.ndarray:
     """The labels of the samples, int32 [eval.num_samples], by the config's rule and seed."""
     config = experiment.config
     if config.sampling.label_rule == "reference":
-        return np.resize(experiment.eval_arrays[1], config.eval.num_samples)
+        return np.resize(experiment.eval_states[1], config.eval.num_samples)
     rule = label_rule(config.sampling.label_rule)
     return rule(config.eval.num_samples, experiment.description.num_classes, config.eval.seed)
 
 
 def draw(
     experiment: Experiment,
-    denoiser: Denoiser,
+    network: TrainedNetwork,
     methods: Mapping[str, Method],
     *,
     measuring: Estimator | None = None,
@@ -63,7 +62,7 @@ def draw(
 
     Args:
         experiment: config and devices.
-        denoiser: with its parameters on the devices.
+        network: what is sampled.
         methods: by name.
         measuring: asked for the noise level of the states at `noise_shift.times`.
         guiding: for the methods that need an estimator; never the one that measures.
@@ -81,7 +80,9 @@ def draw(
     num_devices = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
     batch_size = -(-min(config.sampling.batch_size, len(labels)) // num_devices) * num_devices
     num_batches = -(-len(labels) // batch_size)
-    samplers = make_samplers(config, denoiser, methods, measuring=measuring, guiding=guiding)
+    denoiser = experiment.description.denoiser(network.params)
+    original = experiment.original if any(method.needs_original for method in methods.values()) else None
+    samplers = make_samplers(config, denoiser, methods, measuring=measuring, guiding=guiding, original=original)
     drawn: dict[str, Drawn] = {}
     with progress("sampling", num_batches * len(methods)) as report_progress:
         for name, sampler in samplers.items():
@@ -106,13 +107,19 @@ def _draw_batch(
         seed=experiment.config.eval.seed,
         indices=jax.device_put(indices.astype(np.uint32), place),
     )
-    x, observations = jax.device_get((samples.x, samples.observations))
-    if not np.isfinite(x).all():
-        row = int(np.argmin(np.isfinite(x).reshape(len(x), -1).all(axis=1)))
+    finite, observations = jax.device_get((_finite_rows(samples.x), samples.observations))
+    if not finite.all():
+        row = int(np.argmin(finite))
         raise NagJaxError(
             f"Sample {indices[row]} of method {name!r} is not finite. Lower its guidance scale, or take more steps."
         )
-    return to_uint8(x), observations
+    return np.asarray(experiment.decoder(samples.x)), observations
+
+
+@jax.jit
+def _finite_rows(x: jax.Array) -> jax.Array:
+    """Whether all numbers of a sample are finite, bool [B]."""
+    return jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
 
 
 def _join(name: str, batches: list[tuple[np.ndarray, Any]], count: int, sampler: Sampler, seconds: float) -> Drawn:

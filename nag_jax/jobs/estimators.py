@@ -26,6 +26,7 @@ from nag_jax.noise_shift.estimator import Role, estimator_seed, make_estimator, 
 from nag_jax.noise_shift.store import estimator_conditions, load_estimator, save_estimator
 from nag_jax.params_hash import params_hash
 from nag_jax.progress import progress
+from nag_jax.training.step import batch_states
 
 
 class Measuring(NamedTuple):
@@ -55,9 +56,9 @@ class Measuring(NamedTuple):
         Raises:
             UserError: fewer than two images match.
         """
-        images, labels = experiment.eval_arrays
+        states, labels = experiment.eval_states
         limit = experiment.config.noise_shift.num_forward
-        control = images[matched_images(sample_labels, labels, limit)]
+        control = states[matched_images(sample_labels, labels, limit)]
         process = make_process(experiment.description.process)
         return forward_answers(self.estimator, process, control, times, seed=experiment.config.eval.seed)
 
@@ -110,7 +111,7 @@ def prepare(experiment: Experiment, network: TrainedNetwork, role: Role) -> tupl
     estimator = make_estimator(model, trained)
     calibration = None
     if role == "measure":
-        calibration = calibrate(estimator, process, experiment.eval_arrays[0], seed=config.eval.seed)
+        calibration = calibrate(estimator, process, experiment.eval_states[0], seed=config.eval.seed)
     save_estimator(folder, role, trained, calibration, conditions)
     experiment.add_seconds(**{f"estimator ({role})": time.perf_counter() - start})
     return estimator, calibration
@@ -124,14 +125,15 @@ def _train(experiment: Experiment, params: Params, role: Role, model: NoiseEstim
             model,
             params,
             make_process(experiment.description.process),
-            _training_images(experiment, seed),
+            _training_states(experiment, seed),
             config.estimator,
             seed=seed,
             progress=lambda step, loss: report_progress(step, f"loss {loss:.3f}"),
         )
 
 
-def _training_images(experiment: Experiment, seed: int) -> Iterator[np.ndarray]:
+def _training_states(experiment: Experiment, seed: int) -> Iterator[np.ndarray]:
+    """x_0 of training data, a batch for each step of the estimator's training."""
     batches = make_batches(
         experiment.train_source,
         experiment.config.data,
@@ -139,4 +141,6 @@ def _training_images(experiment: Experiment, seed: int) -> Iterator[np.ndarray]:
         seed=seed,
         start_step=0,
     )
-    return (batch["image"] for batch in batches)
+    run_key = jax.random.key(seed, impl="threefry2x32")
+    for step, batch in enumerate(batches):
+        yield np.asarray(batch_states(batch, experiment.description.latent, run_key, step))

@@ -23,7 +23,7 @@ from nag_jax.report import write_report
 
 def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Path:
     """Evaluates a trained network and returns the path of the report."""
-    experiment, network = open_trained(config, workdir, checkpoint, make_methods(config))
+    experiment, network = open_trained(config, workdir, checkpoint, make_methods(config), needs_data=True)
     if not (workdir / "config.json").exists():
         storage.write_json(workdir / "config.json", to_dict(config))
     return evaluate_and_report(experiment, network)
@@ -73,8 +73,7 @@ def evaluate(experiment: Experiment, network: TrainedNetwork, *, measuring: Meas
         return folder
 
     start = time.perf_counter()
-    denoiser = experiment.description.denoiser(network.params)
-    drawn = draw(experiment, denoiser, methods, measuring=measuring.estimator if measuring else None, guiding=guiding)
+    drawn = draw(experiment, network, methods, measuring=measuring.estimator if measuring else None, guiding=guiding)
     sampled = time.perf_counter()
     metrics = results.measure_distances(experiment, methods, drawn, feature_net, accuracy)
 

@@ -22,10 +22,13 @@ from jax.sharding import Mesh
 from nag_jax import loading, storage
 from nag_jax.checkpoint import Checkpoints
 from nag_jax.config import Config, to_dict
+from nag_jax.data.images import to_float
+from nag_jax.data.latents import LatentSource, open_latents
 from nag_jax.data.pipeline import eval_arrays
-from nag_jax.data.sources import Source, open_source
-from nag_jax.denoiser import Params
+from nag_jax.data.sources import DataConfig, Source, open_source
+from nag_jax.denoiser import Denoiser, Params
 from nag_jax.errors import UserError
+from nag_jax.jobs.decoding import Decoder
 from nag_jax.jobs.methods import Method, check_methods
 from nag_jax.loading import ModelDescription
 from nag_jax.models.dit import init_params
@@ -33,36 +36,97 @@ from nag_jax.parallel import make_mesh, param_shardings
 from nag_jax.params_hash import params_hash
 
 ENVIRONMENT_FILE = "environment.json"
+ORIGINAL_FOLDER = "original"  # of the network that fine-tuning started from, in the work folder
 
 
 @dataclasses.dataclass
 class Experiment:
-    """A config with its folders, data and devices.
+    """A config with its folders, data and devices. Data are opened when they are first asked for.
 
     Attributes:
         config: the settings.
         workdir: where results are written.
         mesh: the devices.
-        train_source, eval_source: training and held-out data.
         description: the network.
+        network_folder: where the network is, or is trained.
     """
 
     config: Config
     workdir: epath.Path
     mesh: Mesh
-    train_source: Source
-    eval_source: Source
     description: ModelDescription
+    network_folder: epath.Path
 
     @functools.cached_property
-    def train_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Training images in [-1, 1] and labels, at most `eval.num_reference` of them."""
+    def train_source(self) -> Source | LatentSource:
+        """Training data. Raises UserError if they cannot be opened or are not what the network works on."""
+        return self._open(self.config.data.split)
+
+    @functools.cached_property
+    def eval_source(self) -> Source | LatentSource:
+        """Held-out data. Raises UserError as `train_source` does."""
+        return self._open(self.config.data.eval_split)
+
+    @functools.cached_property
+    def train_states(self) -> tuple[np.ndarray, np.ndarray]:
+        """x_0 of training data (images in [-1, 1] or scaled latents) and labels, at most `eval.num_reference`."""
         return eval_arrays(self.train_source, self.config.data, self.config.eval.num_reference)
 
     @functools.cached_property
-    def eval_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Held-out images in [-1, 1] and labels, at most `eval.num_reference` of them."""
+    def eval_states(self) -> tuple[np.ndarray, np.ndarray]:
+        """x_0 of held-out data and labels, at most `eval.num_reference` of them."""
         return eval_arrays(self.eval_source, self.config.data, self.config.eval.num_reference)
+
+    @functools.cached_property
+    def train_images(self) -> np.ndarray:
+        """The images of `train_states` in [-1, 1], latents decoded."""
+        return to_float(self.decoder.decode_all(self.train_states[0]))
+
+    @functools.cached_property
+    def eval_images(self) -> np.ndarray:
+        """The images of `eval_states` in [-1, 1], latents decoded."""
+        return to_float(self.decoder.decode_all(self.eval_states[0]))
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """From states to images. Raises UserError if there is no autoencoder for latents."""
+        return Decoder(self.config.data, self.description.latent, self.mesh, str(self.network_folder))
+
+    @functools.cached_property
+    def original(self) -> Denoiser:
+        """The network that training started from, on the devices, for Domain Guidance.
+
+        Raises:
+            UserError: the network was not fine-tuned.
+        """
+        denoiser = loading.load(self._original_folder())
+        return dataclasses.replace(denoiser, params=self.place(denoiser.params))
+
+    def original_description(self) -> ModelDescription:
+        """What the network is that training started from. Raises UserError as `original` does."""
+        return loading.read_description(self._original_folder())
+
+    def _original_folder(self) -> epath.Path:
+        folder = self.network_folder / ORIGINAL_FOLDER
+        if not folder.exists():
+            raise UserError(
+                "Domain Guidance needs the network that fine-tuning started from, and "
+                f"{self.network_folder} keeps none in {ORIGINAL_FOLDER}/. Leave the domain methods out of "
+                "config.eval.methods, or set config.init_from and train."
+            )
+        return folder
+
+    def _open(self, split: str) -> Source | LatentSource:
+        source = open_data(self.config.data, split)
+        description = self.description
+        if description.sample_shape != source.image_shape or description.num_classes != source.num_classes:
+            raise UserError(
+                f"The network in {self.network_folder} works on states of shape {description.sample_shape} of "
+                f"{description.num_classes} classes, but the data are {source.fingerprint} of shape "
+                f"{source.image_shape} with {source.num_classes}. Use the config that it was trained with."
+            )
+        loading.check_latent(description.latent, source.latent, str(self.network_folder))
+        return source
 
     def place(self, params: Params) -> Params:
         """Puts parameters on the devices by the mesh's rules."""
@@ -91,53 +155,66 @@ class TrainedNetwork(NamedTuple):
 
     Attributes:
         params: its parameters, on the devices.
-        step: their training step.
+        step: their training step; 0 for a converted network.
         fingerprint: their content hash.
-        folder: where they were trained.
     """
 
     params: Params
     step: int
     fingerprint: str
-    folder: str
 
 
-def open_experiment(config: Config, workdir: epath.PathLike, checkpoint: epath.PathLike | None = None) -> Experiment:
-    """Opens data and devices for a job.
+def open_training(config: Config, workdir: epath.PathLike) -> Experiment:
+    """Opens data and devices for a training run in `workdir`, and says what network it makes.
+
+    Raises:
+        UserError: the data, the mesh or the network cannot be had, the network does not start from `init_from`, or
+            the folder is that of another network.
+    """
+    workdir = epath.Path(workdir)
+    source = open_data(config.data, config.data.split)
+    original = None
+    if config.init_from:
+        kept = workdir / ORIGINAL_FOLDER
+        original = loading.read_description(kept if kept.exists() else config.init_from)
+    description = loading.describe(
+        config,
+        num_classes=source.num_classes,
+        sample_shape=source.image_shape,
+        latent=source.latent,
+        source=original,
+    )
+    if original is not None:
+        loading.check_fine_tuning(original, description, config.init_from)
+    return Experiment(config, workdir, make_mesh(config.parallel), description, workdir)
+
+
+def open_experiment(config: Config, workdir: epath.PathLike, checkpoint: epath.PathLike) -> Experiment:
+    """Opens devices for a job on the network in the folder `checkpoint`.
+
+    Raises:
+        UserError: the mesh or the network cannot be had.
+    """
+    description = loading.read_description(checkpoint)
+    return Experiment(config, epath.Path(workdir), make_mesh(config.parallel), description, epath.Path(checkpoint))
+
+
+def open_trained(
+    config: Config, workdir: epath.Path, checkpoint: epath.Path, methods: Mapping[str, Method], *, needs_data: bool
+) -> tuple[Experiment, TrainedNetwork]:
+    """Opens a job that samples a trained network: devices, data, and its newest parameters.
 
     Args:
         config: the settings.
         workdir: where results go.
-        checkpoint: the folder of a trained network; None for the network that `config` describes.
+        checkpoint: the folder of the network.
+        methods: what is sampled with.
+        needs_data: whether the job looks at training and held-out data whatever the methods are.
 
     Raises:
-        UserError: the data, the mesh or the network cannot be had.
-    """
-    train_source = open_source(config.data, config.data.split)
-    eval_source = open_source(config.data, config.data.eval_split)
-    if checkpoint is None:
-        description = loading.describe(
-            config, num_classes=train_source.num_classes, sample_shape=train_source.image_shape
-        )
-    else:
-        description = loading.read_description(checkpoint)
-    if description.sample_shape != train_source.image_shape or description.num_classes != train_source.num_classes:
-        raise UserError(
-            f"The network in {checkpoint} works on states of shape {description.sample_shape} of "
-            f"{description.num_classes} classes, but the data are {train_source.fingerprint} of shape "
-            f"{train_source.image_shape} with {train_source.num_classes}. Use the config that it was trained with."
-        )
-    return Experiment(config, epath.Path(workdir), make_mesh(config.parallel), train_source, eval_source, description)
-
-
-def open_trained(
-    config: Config, workdir: epath.Path, checkpoint: epath.Path, methods: Mapping[str, Method]
-) -> tuple[Experiment, TrainedNetwork]:
-    """Opens a job on a trained network: data and devices, and its newest parameters on them.
-
-    Raises:
-        UserError: see `open_experiment` and `check_methods`; there is no checkpoint, or none with the parameters
-            `sampling.weights`; or the work folder is that of another training run.
+        UserError: see `open_experiment` and `check_methods`; the data do not belong to the network; there is no
+            checkpoint, or none with the parameters `sampling.weights`; or the work folder is that of another training
+            run.
     """
     if workdir != checkpoint and (workdir / "checkpoints").exists():
         raise UserError(
@@ -145,12 +222,32 @@ def open_trained(
             "Choose another --workdir."
         )
     experiment = open_experiment(config, workdir, checkpoint)
-    check_methods(config, experiment.description, methods)
+    check_sampling(experiment, methods)
+    if needs_data or any(method.needs_estimator for method in methods.values()):
+        _ = experiment.train_source, experiment.eval_source  # opened, and so checked, before anything long runs
     with Checkpoints(checkpoint / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.latest_step()
     params = loading.read_params(checkpoint, config.sampling.weights, step)
     fingerprint = params_hash(params)
-    return experiment, TrainedNetwork(experiment.place(params), int(step or 0), fingerprint, str(checkpoint))
+    return experiment, TrainedNetwork(experiment.place(params), int(step or 0), fingerprint)
+
+
+def check_sampling(experiment: Experiment, methods: Mapping[str, Method]) -> None:
+    """Refuses, before anything long runs, what sampling would refuse.
+
+    Raises:
+        UserError: see `check_methods`; there is no autoencoder to decode with, or no original network.
+    """
+    original = None
+    if any(method.needs_original for method in methods.values()):
+        original = experiment.original_description().denoiser()
+    check_methods(experiment.config, experiment.description, methods, original)
+    _ = experiment.decoder
+
+
+def open_data(config: DataConfig, split: str) -> Source | LatentSource:
+    """Latents where the config names a folder of them, otherwise images. Raises UserError if there are none."""
+    return open_latents(config, split) if config.latents else open_source(config, split)
 
 
 def describe_experiment(experiment: Experiment, mode: str, methods: Iterable[str]) -> str:

@@ -24,7 +24,8 @@ def prepare(experiment: Experiment) -> tuple[FeatureNet, float | None]:
             "settings": to_dict(config.features),
             "seed": config.seed,
             "data": experiment.train_source.fingerprint,
-            "images": len(experiment.train_arrays[0]),
+            "images": len(experiment.train_states[0]),
+            "vae": experiment.decoder.vae and experiment.decoder.vae.fingerprint,
         }
     )
     description = folder / "features.json"
@@ -36,13 +37,14 @@ def prepare(experiment: Experiment) -> tuple[FeatureNet, float | None]:
     start = time.perf_counter()
     with progress("feature classifier", config.features.num_steps) as report_progress:
         feature_net, _, accuracy = train_feature_classifier(
-            *experiment.train_arrays,
+            experiment.train_images,
+            experiment.train_states[1],
             experiment.train_source.num_classes,
             config.features,
             seed=config.seed,
             progress=lambda step, num_steps, loss: report_progress(step, f"loss {loss:.3f}"),
-            test_images=experiment.eval_arrays[0],
-            test_labels=experiment.eval_arrays[1],
+            test_images=experiment.eval_images,
+            test_labels=experiment.eval_states[1],
             name=f"{config.data.name}-classifier",
         )
     # The description is removed first and written last: it stands only beside the net that it describes.

@@ -19,6 +19,8 @@ from nag_jax.models.noise_estimator import build_estimator
 from nag_jax.noise_shift.answers import AnswerObserver
 from nag_jax.noise_shift.estimator import make_estimator
 
+ORIGINAL = "original"  # name of the network that fine-tuning started from among a sampler's networks
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -39,6 +41,11 @@ class Method:
         """Whether a noise-level estimator takes part in sampling."""
         return bool(self.corrections) or any(branch.noise == "posterior" for branch in self.guidance.branches)
 
+    @property
+    def needs_original(self) -> bool:
+        """Whether the network that fine-tuning started from takes part in sampling."""
+        return any(branch.network == ORIGINAL for branch in self.guidance.branches)
+
 
 def _cfg(config: SamplingConfig) -> Guidance:
     return guidance.cfg(config.cfg_scale, interval=config.cfg_interval, channels=config.guided_channels or None)
@@ -50,6 +57,12 @@ def _nag(config: SamplingConfig) -> Guidance:
         null=config.nag_null,
         interval=config.nag_interval,
         channels=config.guided_channels or None,
+    )
+
+
+def _domain(config: SamplingConfig) -> Guidance:
+    return guidance.domain(
+        config.domain_scale, interval=config.cfg_interval, channels=config.guided_channels or None, network=ORIGINAL
     )
 
 
@@ -65,6 +78,8 @@ GUIDANCES: dict[str, Callable[[SamplingConfig], Guidance]] = {
     "joint": lambda config: _on_nag_interval(guidance.joint, config, config.nag_scale),
     "class_free": lambda config: _on_nag_interval(guidance.class_free, config, config.nag_scale),
     "nested": lambda config: _on_nag_interval(guidance.nested, config, config.cfg_scale, config.nag_scale),
+    "domain": _domain,
+    "domain+nag": lambda config: _domain(config) + _nag(config),
     "classifier_nag": lambda config: guidance.plain(),
     "cfg+classifier_nag": _cfg,
 }
@@ -73,7 +88,10 @@ GUIDANCES: dict[str, Callable[[SamplingConfig], Guidance]] = {
 def make_method(name: str, config: SamplingConfig) -> Method:
     """The method `name` with the scales of `config`.
 
-    CFG acts on `cfg_interval`, everything else (`nested` too) on `nag_interval`. Raises UserError for an unknown name.
+    CFG and Domain Guidance act on `cfg_interval`, everything else (`nested` too) on `nag_interval`.
+
+    Raises:
+        UserError: an unknown name.
     """
     if name not in GUIDANCES:
         raise UserError(f"eval.methods names {name!r}, which is not a method. Known: {', '.join(GUIDANCES)}.")
@@ -86,13 +104,15 @@ def _describe(name: str, config: SamplingConfig) -> str:
     settings = []
     if "cfg" in name or name == "nested":
         settings.append(f"cfg_scale {config.cfg_scale:g}")
-    if "cfg" in name and config.cfg_interval != (0.0, 1.0):
+    if "domain" in name:
+        settings.append(f"domain_scale {config.domain_scale:g}")
+    if ("cfg" in name or "domain" in name) and config.cfg_interval != (0.0, 1.0):
         settings.append("cfg_interval {:g} to {:g}".format(*config.cfg_interval))
-    if name not in ("plain", "cfg"):
+    if name not in ("plain", "cfg", "domain"):
         settings.append(f"nag_scale {config.nag_scale:g}")
         if config.nag_interval != (0.0, 1.0):
             settings.append("nag_interval {:g} to {:g}".format(*config.nag_interval))
-    if name in ("nag", "cfg+nag") and config.nag_null != "network":
+    if name in ("nag", "cfg+nag", "domain+nag") and config.nag_null != "network":
         settings.append(f"null from the {config.nag_null}")
     if name not in ("plain", "classifier_nag") and config.guided_channels:
         settings.append(f"first {config.guided_channels} channels")
@@ -106,6 +126,7 @@ def make_samplers(
     *,
     measuring: Estimator | None = None,
     guiding: Estimator | None = None,
+    original: Denoiser | None = None,
 ) -> dict[str, Sampler]:
     """The sampler of each method by its name; methods with the same corrections share one, and so one program.
 
@@ -115,6 +136,7 @@ def make_samplers(
         methods: by name.
         measuring: asked for the noise level of the states at `noise_shift.times`.
         guiding: for the methods that need an estimator.
+        original: the network that fine-tuning started from, for the methods that need it.
 
     Raises:
         UserError: see `Sampler`.
@@ -128,6 +150,7 @@ def make_samplers(
             {name: method.guidance for name, method in group.items()},
             stepper=make_stepper(config.sampling.stepper),
             num_steps=config.sampling.num_steps,
+            networks={ORIGINAL: original} if original else None,
             corrections=corrections,
             estimator=guiding if needs_estimator else None,
             observer=AnswerObserver(measuring.posterior) if measuring else None,
@@ -138,12 +161,17 @@ def make_samplers(
     return samplers
 
 
-def check_methods(config: Config, description: ModelDescription, methods: Mapping[str, Method]) -> None:
-    """Refuses, before anything long runs, what sampling would refuse.
+def check_methods(
+    config: Config,
+    description: ModelDescription,
+    methods: Mapping[str, Method],
+    original: Denoiser | None = None,
+) -> None:
+    """Refuses, before anything long runs, what sampling would refuse; `original` needs no parameters.
 
     Raises:
         UserError: a method needs a null condition that the network is not trained with, the stepper cannot take so many
             steps or needs what the network's prediction does not determine, ...
     """
     unknown = make_estimator(build_estimator(description.network()), None)
-    make_samplers(config, description.denoiser(), methods, measuring=unknown, guiding=unknown)
+    make_samplers(config, description.denoiser(), methods, measuring=unknown, guiding=unknown, original=original)

@@ -21,7 +21,7 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
         UserError: the checkpoint cannot be read, or NAME holds a measurement under other conditions.
     """
     methods = make_methods(config)
-    experiment, network = open_trained(config, workdir, checkpoint, methods)
+    experiment, network = open_trained(config, workdir, checkpoint, methods, needs_data=True)
     measuring = prepare_measuring(experiment, network)
     guiding = prepare_guiding(experiment, network, methods)
     conditions = results.sampling_conditions(experiment, network, methods, guiding) | results.shift_conditions(
@@ -30,8 +30,7 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     folder = workdir / "noise_shift" / results.folder_name(config, conditions)
     if results.is_finished(folder, conditions, last_file="noise_shift.json"):
         return folder
-    denoiser = experiment.description.denoiser(network.params)
-    drawn = draw(experiment, denoiser, methods, measuring=measuring.estimator, guiding=guiding)
+    drawn = draw(experiment, network, methods, measuring=measuring.estimator, guiding=guiding)
     shifts = results.measure_shifts(experiment, drawn, measuring)
     storage.write_json(folder / "conditions.json", conditions)
     storage.write_bytes(folder / "noise_shift.png", noise_shift_figure(shifts))

@@ -43,8 +43,8 @@ def sampling_conditions(
     experiment: Experiment, network: TrainedNetwork, methods: Mapping[str, Method], guiding: Estimator | None
 ) -> dict[str, Any]:
     """All that samples depend on, and where they come from, to stand beside every number."""
-    config = experiment.config
-    return {
+    config, vae = experiment.config, experiment.decoder.vae
+    conditions = {
         "step": network.step,
         "network": network.fingerprint,
         "guiding_estimator": None if guiding is None else params_hash(jax.device_get(guiding.params)),
@@ -55,19 +55,25 @@ def sampling_conditions(
         "dtype": experiment.description.model.dtype,
         "precision": experiment.description.model.precision,
         "device": jax.devices()[0].device_kind,
-        "training_data": experiment.train_source.fingerprint,
-        "checkpoint": network.folder,
+        "vae": {"name": vae.name, "fingerprint": vae.fingerprint} if vae else None,
+        "checkpoint": str(experiment.network_folder),
         "config": config_digest(config),
         "commit": commit(),
     }
+    if any(method.needs_original for method in methods.values()):
+        conditions["original_network"] = params_hash(jax.device_get(experiment.original.params))
+    if config.sampling.label_rule == "reference":
+        conditions["reference"] = experiment.eval_source.fingerprint
+    return conditions
 
 
 def shift_conditions(experiment: Experiment, measuring: Measuring | None) -> dict[str, Any]:
     """All that noise shifts depend on besides the samples."""
     config = experiment.config
     return {
+        "training_data": experiment.train_source.fingerprint,
         "reference": experiment.eval_source.fingerprint,
-        "num_reference": len(experiment.eval_arrays[0]),
+        "num_reference": len(experiment.eval_states[0]),
         "num_resamples": config.eval.num_resamples,
         "noise_shift": (to_dict(config.noise_shift) | {"estimator": measuring.fingerprint}) if measuring else None,
     }
@@ -119,9 +125,9 @@ def measure_distances(
     """The content of metrics.json: Fréchet distances with bootstrap intervals, beside the real-against-real floor."""
     config = experiment.config
     bootstrap = {"num_resamples": config.eval.num_resamples, "seed": config.eval.seed}
-    reference = extract_features(feature_net, experiment.eval_arrays[0])
+    reference = extract_features(feature_net, experiment.eval_images)
     # As many training images as samples where there are as many, for a Fréchet distance depends on the counts.
-    real = extract_features(feature_net, experiment.train_arrays[0][: config.eval.num_samples])
+    real = extract_features(feature_net, experiment.train_images[: config.eval.num_samples])
     sampled = {name: extract_features(feature_net, to_float(each.images)) for name, each in drawn.items()}
     results: dict[str, Any] = {}
     for name, vectors in sampled.items():

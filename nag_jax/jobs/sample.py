@@ -20,13 +20,13 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
         UserError: the checkpoint cannot be read, or NAME holds samples of other conditions.
     """
     methods = make_methods(config)
-    experiment, network = open_trained(config, workdir, checkpoint, methods)
+    experiment, network = open_trained(config, workdir, checkpoint, methods, needs_data=False)
     guiding = prepare_guiding(experiment, network, methods)
     conditions = results.sampling_conditions(experiment, network, methods, guiding)
     folder = workdir / "samples" / results.folder_name(config, conditions)
     if results.is_finished(folder, conditions, last_file="samples.npz"):
         return folder
-    drawn = draw(experiment, experiment.description.denoiser(network.params), methods, guiding=guiding)
+    drawn = draw(experiment, network, methods, guiding=guiding)
     storage.write_json(folder / "conditions.json", conditions)
     storage.write_bytes(folder / "samples.png", results.grid(experiment, drawn))
     storage.write_bytes(folder / "samples.npz", results.pack_samples(drawn, sample_labels(experiment)))

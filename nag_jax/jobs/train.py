@@ -21,9 +21,8 @@ from nag_jax.data.pipeline import make_batches
 from nag_jax.diffusion.objective import summarize_buckets
 from nag_jax.errors import TrainingDivergedError, UserError
 from nag_jax.jobs import evaluate
-from nag_jax.jobs.experiment import Experiment, TrainedNetwork, open_experiment
+from nag_jax.jobs.experiment import ORIGINAL_FOLDER, Experiment, TrainedNetwork, check_sampling, open_training
 from nag_jax.jobs.interrupt import Stopped, stop_on_signals
-from nag_jax.jobs.methods import check_methods
 from nag_jax.metric_writer import MetricWriter
 from nag_jax.models.dit import init_params
 from nag_jax.parallel import batch_sharding, init_sharded, param_shardings, pmap_sharding, shard_batch, split_batch
@@ -52,9 +51,14 @@ def run(config: Config, workdir: epath.Path) -> epath.Path:
         check_resume(from_config_dict(storage.read_json(config_file)), config)
 
     # 2. Data, devices and the network's description.
-    experiment = open_experiment(config, workdir)
+    experiment = open_training(config, workdir)
     check_weights(config)
-    check_methods(config, experiment.description, evaluate.make_methods(config))
+    if (workdir / loading.MODEL_FILE).exists():
+        check_same_network(experiment)
+    if config.init_from and not (workdir / ORIGINAL_FOLDER / loading.MODEL_FILE).exists():
+        keep_original(experiment)
+    if config.eval.methods:
+        check_sampling(experiment, evaluate.make_methods(config))
     if is_main:
         storage.write_json(config_file, to_dict(config))
         loading.write_description(workdir, experiment.description)
@@ -87,9 +91,29 @@ def trained_network(experiment: Experiment, state: TrainState) -> TrainedNetwork
     """The weights of a state that `sampling.weights` names."""
     weights = experiment.config.sampling.weights
     params = state.params if weights == "params" else state.ema[weights]
-    return TrainedNetwork(
-        experiment.place(params), int(state.step), params_hash(jax.device_get(params)), str(experiment.workdir)
-    )
+    return TrainedNetwork(experiment.place(params), int(state.step), params_hash(jax.device_get(params)))
+
+
+def check_same_network(experiment: Experiment) -> None:
+    """Raises UserError if the work folder is that of another network: other data, classes or latents."""
+    stored, current = to_dict(loading.read_description(experiment.workdir)), to_dict(experiment.description)
+    # The model is a matter of the config, which was compared.
+    differing = [name for name in stored if name != "model" and stored[name] != current[name]]
+    if differing:
+        raise UserError(
+            f"The network in {experiment.workdir} is another one than these data and settings make: its "
+            + "; ".join(f"{name} was {stored[name]}, is {current[name]}" for name in differing)
+            + ". Choose another --workdir, or the data that it was trained on."
+        )
+
+
+def keep_original(experiment: Experiment) -> None:
+    """Keeps the network that training starts from in the work folder, so that nothing depends on `init_from` later."""
+    config = experiment.config
+    with stage("keeping the original network"):
+        params = loading.read_params(epath.Path(config.init_from), config.sampling.weights)
+        description = loading.read_description(config.init_from)
+        loading.write_network(experiment.workdir / ORIGINAL_FOLDER, description, params)
 
 
 def make_state(experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, Any]:
@@ -111,7 +135,8 @@ def make_state(experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainS
         state, _ = checkpoints.restore(placed)
         return state, shardings
     if config.init_from:
-        params = loading.read_for_fine_tuning(config.init_from, experiment.description, config.sampling.weights)
+        original = experiment.workdir / ORIGINAL_FOLDER
+        params = loading.read_for_fine_tuning(original, experiment.description, "ema", config.seed)
         return init_sharded(lambda params: init_state(params, optimizer, tuple(config.ema)), mesh, params)
     return init_sharded(fresh, mesh, key)
 
@@ -160,7 +185,7 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
     with stop_on_signals() as stop, progress("training", config.num_steps, first_step) as report_progress:
         for step in range(first_step + 1, config.num_steps + 1):
             batch = next(batches)
-            arrays = {name: batch[name] for name in ("image", "label")}
+            arrays = {name: rows for name, rows in batch.items() if name != "index"}
             placed: Any = split_batch(arrays) if is_pmap else shard_batch(mesh, arrays)
             state, metrics = train_step(state, placed, run_key)
             unread.append(metrics)

@@ -251,11 +251,11 @@ def param_shapes(config: VaeConfig) -> Any:
     return jax.eval_shape(Vae(config).init, jax.random.key(0), image)["params"]
 
 
-def sample_latent(config: VaeConfig, mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
+def sample_latent(scaling_factor: float, mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
     """A scaled latent from its moments: scaling_factor (mean + exp(log_variance / 2) noise).
 
     Args:
-        config: gives the scale.
+        scaling_factor: of the latent space, `VaeConfig.scaling_factor`.
         mean, log_variance: unscaled, from `Vae.encode_moments`; half precision is taken to float32 first.
         noise: standard normal, of the same shape; zeros give the scaled mean.
 
@@ -263,7 +263,7 @@ def sample_latent(config: VaeConfig, mean: jax.Array, log_variance: jax.Array, n
         float32 of the same shape, what the diffusion model is trained on.
     """
     mean, log_variance, noise = (array.astype(jnp.float32) for array in (mean, log_variance, noise))
-    return config.scaling_factor * (mean + jnp.exp(0.5 * log_variance) * noise)
+    return scaling_factor * (mean + jnp.exp(0.5 * log_variance) * noise)
 
 
 def decode_latents(config: VaeConfig, params: Any, latents: jax.Array, images_at_once: int = 8) -> jax.Array:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from nag_jax.denoiser import Denoiser, Params
-from nag_jax.diffusion.objective import Objective, bucket_metrics, check_objective, draw, loss
+from nag_jax.data.latents import sample_states
+from nag_jax.denoiser import Denoiser, LatentSpace, Params
+from nag_jax.diffusion.objective import Objective, bucket_metrics, check_objective, draw, loss, row_keys
 from nag_jax.errors import UserError
 from nag_jax.parallel import replicated
 from nag_jax.training import ema
@@ -42,10 +43,11 @@ def make_train_step(
         axis_name: name of the mapped axis under `pmap`, over which gradients are averaged; None otherwise.
 
     Returns:
-        step(state, batch, run_key) -> (state, metrics), for a batch of "image" [B, ...] and "label" int32 [B] (under
-        `pmap` the device's own part of it) and a typed key that is the same at every step. Metrics are "loss",
-        "grad_norm", "param_norm" (scalars) and "buckets", the sums of `bucket_metrics`. The loss is that of the
-        parameters before the step, the norm that of those after it; where training diverged they are not finite.
+        step(state, batch, run_key) -> (state, metrics), for a batch of "image" [B, ...] (or the "moments" of latents,
+        see `batch_states`) and "label" int32 [B] (under `pmap` the device's own part of it) and a typed key that is the
+        same at every step. Metrics are "loss", "grad_norm", "param_norm" (scalars) and "buckets", the sums of
+        `bucket_metrics`. The loss is that of the parameters before the step, the norm that of those after it; where
+        training diverged they are not finite.
 
     Raises:
         UserError: the objective does not suit the denoiser, or (when called) the batch does not divide.
@@ -56,8 +58,9 @@ def make_train_step(
     def micro_batch_loss(
         params: Params, batch: Batch, positions: jax.Array, run_key: jax.Array, step: jax.Array, local_size: int
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        draws = draw(objective, denoiser.process, run_key, step, positions, batch["image"].shape[1:])
-        losses = loss(objective, denoiser, params, batch, draws)
+        states = batch_states(batch, denoiser.latent, run_key, step, positions)
+        draws = draw(objective, denoiser.process, run_key, step, positions, states.shape[1:])
+        losses = loss(objective, denoiser, params, {"image": states, "label": batch["label"]}, draws)
         return losses.total.sum() / local_size, bucket_metrics(objective, losses, draws)
 
     gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)
@@ -73,8 +76,7 @@ def make_train_step(
         rows = {**batch, "position": offset + jnp.arange(local_size)}
 
         def micro_batch(rows: Batch) -> Any:
-            inputs = {name: rows[name] for name in ("image", "label")}
-            return gradient(state.params, inputs, rows["position"], run_key, state.step, local_size)
+            return gradient(state.params, rows, rows["position"], run_key, state.step, local_size)
 
         if accumulation_steps == 1:
             (total, buckets), gradients = micro_batch(rows)
@@ -105,6 +107,32 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, averages, state.frozen), metrics
 
     return step
+
+
+def batch_states(
+    batch: Mapping[str, Any],
+    latent: LatentSpace | None,
+    run_key: jax.Array,
+    step: jax.Array | int,
+    positions: jax.Array | None = None,
+) -> jax.Array:
+    """x_0 of a batch: its images, or latents drawn from its moments.
+
+    Args:
+        batch: "image" [B, ...], or "moments" [B, h, w, 2 C] of unscaled latents.
+        latent: the latents' space; None for images.
+        run_key: typed key of the run.
+        step: training step.
+        positions: [B], the rows' positions in the global batch; 0 to B - 1 if None.
+
+    Returns:
+        float32 [B, ...], images in [-1, 1] or scaled latents.
+    """
+    if latent is None:
+        return jnp.asarray(batch["image"])
+    moments = batch["moments"]
+    keys = row_keys(run_key, "latent", step, jnp.arange(len(moments)) if positions is None else positions)
+    return sample_states(moments, keys, latent.scaling_factor)
 
 
 def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any, batch_sharding: Any) -> TrainStep:

@@ -1,9 +1,7 @@
-"""Gives the tests small weights of random numbers, official and diffusers', and the torch DiT of the model's tests."""
+"""Gives the tests small weights of random numbers, official and diffusers'."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,18 +13,6 @@ from nag_jax.models.layers import sincos_positions
 from nag_jax.models.vae_table import to_torch_state_dict
 
 SIZE, CHANNELS, PATCH, HIDDEN, DEPTH, HEADS, CLASSES = 8, 4, 2, 32, 2, 4, 5
-
-
-@pytest.fixture(scope="session")
-def torch_dit() -> ModuleType:
-    """The module tests/models/torch_dit.py; tests that use it skip without torch."""
-    pytest.importorskip("torch")
-    path = Path(__file__).parents[1] / "models" / "torch_dit.py"
-    spec = importlib.util.spec_from_file_location("torch_dit", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

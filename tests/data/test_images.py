@@ -78,3 +78,51 @@ def test_decode_gives_grey_or_rgb(mode: str, channels: int):
     assert decoded.shape == (6, 5, channels) and decoded.dtype == np.uint8
     expected = np.asarray(image if mode == "L" else image.convert("RGB")).reshape(decoded.shape)
     np.testing.assert_array_equal(decoded, expected)
+
+
+def encode(picture: Image.Image, file_format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def test_sixteen_bits_keep_their_upper_eight():
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    pixels = decode_image(encode(Image.fromarray(values), "png"))
+    np.testing.assert_array_equal(pixels[..., 0], values // 256)
+
+
+def test_palette_and_transparency_become_the_colours_that_are_seen():
+    image = random_image(6, 7)
+    image[:] = image // 64 * 64  # 64 colours: a palette holds them all
+    palette = Image.fromarray(image).quantize(64, method=Image.Quantize.FASTOCTREE)
+    expected = np.asarray(palette.convert("RGB"))
+    np.testing.assert_array_equal(decode_image(encode(palette, "png")), expected)
+    opaque_or_not = np.concatenate([image, random_image(6, 7, 1)], axis=2)
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(opaque_or_not), "png")), image)
+
+
+def test_cmyk_jpeg_becomes_rgb():
+    # Ink at full strength leaves none of its complement: cyan no red, magenta no green, yellow no blue.
+    inks = np.zeros((16, 64, 4), np.uint8)
+    for place in range(3):
+        inks[:, 16 * place : 16 * place + 16, place] = 255
+    inks[:, 48:, 3] = 255
+    pixels = decode_image(encode(Image.fromarray(inks, mode="CMYK"), "jpeg", quality=100))
+    expected = np.array([[0, 255, 255], [255, 0, 255], [255, 255, 0], [0, 0, 0]])
+    assert pixels.shape == (16, 64, 3)
+    np.testing.assert_allclose(pixels[8, 8::16].astype(int), expected, atol=6)
+
+
+def test_grey_and_bilevel_images():
+    assert decode_image(encode(Image.fromarray(random_image(5, 4, 1)[..., 0]), "jpeg")).shape == (5, 4, 1)
+    bilevel = Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert("1")
+    np.testing.assert_array_equal(decode_image(encode(bilevel, "png"))[..., 0], [[0, 255], [255, 0]])
+
+
+def test_images_that_cannot_be_read_are_refused_and_not_guessed():
+    whole = encode(Image.fromarray(random_image(64, 64)), "jpeg")
+    with pytest.raises(OSError, match="truncated"):
+        decode_image(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="32 bits"):
+        decode_image(encode(Image.fromarray(np.ones((2, 2), np.float32)), "tiff"))

@@ -13,7 +13,12 @@ from nag_jax.errors import UserError
 from nag_jax.jobs.methods import GUIDANCES, make_method
 
 CONFIG = SamplingConfig(
-    cfg_scale=2.0, nag_scale=0.7, cfg_interval=(0.1, 0.9), nag_interval=(0.0, 0.8), guided_channels=3
+    cfg_scale=2.0,
+    domain_scale=3.0,
+    nag_scale=0.7,
+    cfg_interval=(0.1, 0.9),
+    nag_interval=(0.0, 0.8),
+    guided_channels=3,
 )
 CFG = guidance.cfg(2.0, interval=(0.1, 0.9), channels=3)
 NAG = guidance.nag(0.7, interval=(0.0, 0.8), channels=3)
@@ -28,6 +33,8 @@ NAG = guidance.nag(0.7, interval=(0.0, 0.8), channels=3)
         ("cfg+nag", CFG + NAG),
         ("joint", guidance.joint(0.7, interval=(0.0, 0.8), channels=3)),
         ("class_free", guidance.class_free(0.7, interval=(0.0, 0.8), channels=3)),
+        ("domain", guidance.domain(3.0, interval=(0.1, 0.9), channels=3)),
+        ("domain+nag", guidance.domain(3.0, interval=(0.1, 0.9), channels=3) + NAG),
         ("nested", guidance.nested(2.0, 0.7, interval=(0.0, 0.8), channels=3)),
         ("classifier_nag", guidance.plain()),
         ("cfg+classifier_nag", CFG),
@@ -41,7 +48,8 @@ def test_every_method_is_tested_and_says_its_scales():
     for name in GUIDANCES:
         method = make_method(name, CONFIG)
         assert ("cfg_scale 2" in method.text) == ("cfg" in name or name == "nested")
-        assert ("nag_scale 0.7" in method.text) == (name not in ("plain", "cfg"))
+        assert ("domain_scale 3" in method.text) == ("domain" in name) == method.needs_original
+        assert ("nag_scale 0.7" in method.text) == (name not in ("plain", "cfg", "domain"))
 
 
 def test_an_estimator_is_asked_for_only_where_one_takes_part():

@@ -351,8 +351,8 @@ def test_log_variance_is_clipped():
 def test_latents_have_their_scaled_moments():
     mean, log_variance, noise = normal(3, 2, 2, 4), normal(3, 2, 2, 4, seed=1), normal(3, 2, 2, 4, seed=2)
     expected = 0.18215 * (mean + np.sqrt(np.exp(log_variance)) * noise)
-    np.testing.assert_allclose(sample_latent(VaeConfig(), mean, log_variance, noise), expected, rtol=1e-5, atol=1e-6)
-    halves = sample_latent(VaeConfig(), mean.astype(np.float16), log_variance.astype(np.float16), 0 * noise)
+    np.testing.assert_allclose(sample_latent(0.18215, mean, log_variance, noise), expected, rtol=1e-5, atol=1e-6)
+    halves = sample_latent(0.18215, mean.astype(np.float16), log_variance.astype(np.float16), 0 * noise)
     assert halves.dtype == jnp.float32
     np.testing.assert_array_equal(halves, jnp.float32(0.18215) * mean.astype(np.float16).astype(np.float32))
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import optax
 import pytest
 
 from nag_jax.checkpoint import Checkpoints
-from nag_jax.denoiser import from_function
+from nag_jax.denoiser import LatentSpace, from_function
 from nag_jax.diffusion import objective as objective_lib
 from nag_jax.diffusion.objective import Objective
 from nag_jax.diffusion.process import Linear
@@ -13,7 +15,7 @@ from nag_jax.errors import UserError
 from nag_jax.parallel import ParallelConfig, batch_sharding, make_mesh, param_shardings, shard_batch, split_batch
 from nag_jax.training.optimizer import OptimizerConfig, make_optimizer
 from nag_jax.training.state import init_state
-from nag_jax.training.step import jit_train_step, make_train_step, pmap_train_step
+from nag_jax.training.step import batch_states, jit_train_step, make_train_step, pmap_train_step
 
 KEY = jax.random.key(11)
 OBJECTIVE = Objective(label_dropout=0.25, noise_dropout=0.25, num_buckets=3)
@@ -71,6 +73,27 @@ def test_steps_draw_differently(tiny_denoiser, sgd_step, batch_of):
     state = new_state(tiny_denoiser, optax.sgd(0.1))
     losses = {float(sgd_step(state.replace(step=jnp.int32(s)), batch_of(0), KEY)[1]["loss"]) for s in range(3)}
     assert len(losses) == 3
+
+
+def test_latents_are_drawn_by_step_and_position(tiny_denoiser, sgd_step, batch_of):
+    batch = batch_of(0)
+    space = LatentSpace(scaling_factor=0.5)
+    moments = np.concatenate([2.0 * batch["image"], np.full_like(batch["image"], -1.0)], axis=-1).astype(np.float16)
+    latents = {"moments": moments, "label": batch["label"]}
+
+    # Mean and variance of the states are those of the moments, scaled; another step draws others.
+    states = np.stack([batch_states(latents, space, KEY, step) for step in range(400)])
+    np.testing.assert_allclose(states.mean(0), 0.5 * moments[..., :1], atol=5 * 0.5 * np.exp(-0.5) / 20)
+    np.testing.assert_allclose(states.std(0), 0.5 * np.exp(-0.5), rtol=0.2)
+
+    # The step trains on exactly these states, in micro-batches too.
+    state = new_state(tiny_denoiser, optax.sgd(0.1))
+    want, _ = sgd_step(state, {"image": states[0], "label": batch["label"]}, KEY)
+    denoiser = dataclasses.replace(tiny_denoiser, latent=space)
+    for accumulation_steps in (1, 3):
+        step = make_train_step(denoiser, OBJECTIVE, optax.sgd(0.1), DECAYS, accumulation_steps=accumulation_steps)
+        after, _ = jax.jit(step)(state, latents, KEY)
+        assert_trees(np.testing.assert_allclose, after.params, want.params, rtol=1e-5, atol=1e-6)
 
 
 def test_accumulation_equals_the_large_batch(tiny_denoiser, sgd_step, batch_of):

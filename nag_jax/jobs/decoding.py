@@ -1,0 +1,98 @@
+"""From a sampler's states to images: a change of range for networks on images, the decoder of a VAE for latents."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from nag_jax.autoencoder import Autoencoder, VaeDescription, made_up_autoencoder, read_autoencoder
+from nag_jax.data.images import to_uint8
+from nag_jax.data.sources import DataConfig
+from nag_jax.denoiser import LatentSpace, Params
+from nag_jax.errors import UserError
+from nag_jax.loading import check_latent
+from nag_jax.models.vae import decode_latents
+from nag_jax.parallel import BATCH_AXES, batch_sharding, replicated
+
+IMAGES_AT_ONCE = 8  # decoded together on a device: about 2 GiB of activations at 256 x 256 pixels
+
+
+class Decoder:
+    """Decodes states, each device its own rows of a batch.
+
+    Args:
+        config: `vae` and `mock_examples` are read.
+        latent: what the states are latents of; None for images.
+        mesh: the devices.
+        network: what error messages call the network.
+
+    Attributes:
+        vae: the autoencoder in use; None for images.
+
+    Raises:
+        UserError: there is no autoencoder, or it is not that of the network's latents.
+    """
+
+    def __init__(self, config: DataConfig, latent: LatentSpace | None, mesh: Mesh, network: str) -> None:
+        self.mesh = mesh
+        self.vae: VaeDescription | None = None
+        self._params: Params = None
+        decode: Callable[[Params, jax.Array], jax.Array] = lambda _, states: to_uint8(states)  # noqa: E731
+        if latent is not None:
+            autoencoder = open_autoencoder(config)
+            check_latent(latent, autoencoder.latent, network)
+            self.vae = autoencoder.description
+            self._params = jax.device_put(autoencoder.params, replicated(mesh))
+            decode = functools.partial(_decode_latents, self.vae)
+        rows = PartitionSpec(BATCH_AXES)
+        self._decode: Any = jax.jit(
+            jax.shard_map(decode, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
+        )
+
+    def __call__(self, states: jax.Array) -> jax.Array:
+        """Images of states.
+
+        Args:
+            states: [B, ...], rows over the mesh's data and fsdp axes; B divides over them.
+
+        Returns:
+            uint8 [B, H, W, C] on the devices.
+        """
+        return self._decode(self._params, states)
+
+    def decode_all(self, states: np.ndarray) -> np.ndarray:
+        """Images uint8 [N, H, W, C] of any number of states [N, ...] on the host, a bounded number at a time."""
+        if self.vae is None:
+            return to_uint8(states)
+        batch_size = IMAGES_AT_ONCE * self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        images = []
+        for first in range(0, len(states), batch_size):
+            indices = np.arange(first, first + batch_size) % len(states)
+            placed = jax.device_put(states[indices], batch_sharding(self.mesh))
+            images.append(np.asarray(self(placed)))
+        return np.concatenate(images)[: len(states)]
+
+
+def open_autoencoder(config: DataConfig) -> Autoencoder:
+    """The autoencoder in the folder `config.vae`; where the data are made up and none is named, a made-up one.
+
+    Raises:
+        UserError: none is named, or it cannot be read.
+    """
+    if config.vae:
+        return read_autoencoder(config.vae)
+    if config.mock_examples:
+        return made_up_autoencoder()
+    raise UserError(
+        "The network works on latents, and nothing decodes its samples: set config.data.vae to the folder of a "
+        "converted autoencoder (python -m nag_jax.convert SOURCE FOLDER)."
+    )
+
+
+def _decode_latents(vae: VaeDescription, params: Params, states: jax.Array) -> jax.Array:
+    return to_uint8(decode_latents(vae.config, params, states, IMAGES_AT_ONCE))
