@@ -43,6 +43,8 @@ def prepare(name: str, folder: epath.PathLike, manual_dir: epath.PathLike | None
     """
     import tensorflow_datasets as tfds
 
+    if name == "image_folder":
+        raise UserError("an image folder is read as it lies; there is nothing to prepare. Set data.data_dir to it.")
     builder = find_builder(name, folder)
     if builder.data_path.exists():
         return _counts(builder)
@@ -61,14 +63,25 @@ def prepare(name: str, folder: epath.PathLike, manual_dir: epath.PathLike | None
         )
     except ImportError as error:
         raise UserError(
-            f'preparing {name!r} needs a package that is not installed ({error}): pip install "nag_jax[prepare]"'
+            f"preparing {name!r} needs a package that is not installed ({_first_line(error)}): "
+            'pip install "nag_jax[prepare]"'
         ) from error
-    except (OSError, tfds.download.DownloadError) as error:
+    except (tfds.download.DownloadError, tfds.download.download_manager.NonMatchingChecksumError) as error:
+        # TFDS looks into the manual folder before it downloads.
+        raise NagJaxError(
+            f"a download of data set {name!r} failed: {_first_line(error)} Run the same command again; a file that you "
+            f"got elsewhere is taken, if it is the same, under its own name in {manual} (--manual_dir)."
+        ) from error
+    except OSError as error:
         if not builder.data_path.exists():  # else another process was faster
             raise NagJaxError(
-                f"data set {name!r} could not be prepared in {folder}: {error}. Run the same command again."
+                f"data set {name!r} could not be prepared in {folder}: {_first_line(error)}. Run the command again."
             ) from error
     return _counts(builder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _counts(builder: Any) -> dict[str, int]:

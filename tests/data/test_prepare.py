@@ -1,6 +1,6 @@
 """The command that prepares data sets: what it prints, what it refuses, and that nothing half done looks whole."""
 
-import os
+import importlib.resources.abc
 import signal
 import subprocess
 import sys
@@ -13,7 +13,7 @@ import pytest
 from nag_jax.data import prepare
 from nag_jax.data.builders import artbench10
 from nag_jax.data.sources import DataConfig, open_source
-from nag_jax.errors import UserError
+from nag_jax.errors import NagJaxError, UserError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -54,6 +54,21 @@ def test_manual_data_sets_of_tfds_say_what_to_download(tmp_path: Path, monkeypat
         prepare.prepare("imagenet2012", tmp_path, tmp_path / "manual")
 
 
+def test_downloads_that_fail_say_where_a_file_got_elsewhere_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "manual").mkdir()
+    (tmp_path / "manual" / "food-101.tar.gz").write_bytes(b"another file")
+    monkeypatch.setitem(sys.modules, "importlib_resources", importlib.resources)  # of the extra `prepare`
+    monkeypatch.setattr(prepare, "_has_tensorflow", lambda: True)
+    with pytest.raises(NagJaxError, match="'food101' failed: .*food-101.tar.gz.* under its own name in .*/manual"):
+        prepare.prepare("food101", tmp_path, tmp_path / "manual")
+    assert not list(tmp_path.glob("food101/*"))
+
+
+def test_an_image_folder_needs_no_preparation(tmp_path: Path):
+    with pytest.raises(UserError, match="read as it lies"):
+        prepare.prepare("image_folder", tmp_path)
+
+
 def test_other_numbers_of_images_than_published_are_told():
     assert prepare._differences("artbench10", {"train": 50_000, "test": 10_000}) == []
     assert prepare._differences("artbench10", {"train": 49_999, "test": 10_000}) == [
@@ -62,38 +77,62 @@ def test_other_numbers_of_images_than_published_are_told():
     assert prepare._differences("cifar10", {"train": 1}) == []
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(28, "No space left on device"), None])
-def test_interrupted_preparation_leaves_nothing_that_looks_whole(
-    end: BaseException | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def image_examples(archive: Any, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stands in for the reading of an archive."""
+    for number in range(20):
+        yield f"{number}", {"image": b"x", "label": number % 10, "file_name": f"{split}-{number}"}
+
+
+@pytest.fixture
+def manual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A manual folder for artbench10, whose reading is `image_examples`."""
+    (tmp_path / "manual" / artbench10.ARCHIVE[1]).mkdir(parents=True)
+    monkeypatch.setattr(artbench10, "_examples", image_examples)
+    return tmp_path / "manual"
+
+
+def check_nothing_looks_whole_and_the_next_try_works(folder: Path, manual: Path) -> None:
+    with pytest.raises(UserError, match="not prepared"):
+        open_source(DataConfig(name="artbench10", data_dir=str(folder)), "train")
+    assert prepare.prepare("artbench10", folder, manual) == {"train": 20, "test": 20}
+
+
+@pytest.mark.parametrize(
+    ("end", "becomes"),
+    [(KeyboardInterrupt, KeyboardInterrupt), (OSError(28, "No space left on device"), NagJaxError)],
+)
+def test_preparation_that_ends_early_leaves_nothing_that_looks_whole(
+    end: Any, becomes: type[BaseException], manual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Stopped by Ctrl-C, a full disk or (None) kill -9 after some images of the second split."""
-
-    def image(archive: Any, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        del archive
-        for number in range(20):
-            yield f"{number}", {"image": b"x", "label": number % 10, "file_name": f"{split}-{number}"}
-
     def cut_short(archive: Any, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for number, example in enumerate(image(archive, split)):
+        for number, example in enumerate(image_examples(archive, split)):
             if split == "test" and number == 5:
-                if end is None:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise end  # type: ignore[misc]
+                raise end
             yield example
 
-    manual = tmp_path / "manual"
-    (manual / artbench10.ARCHIVE[1]).mkdir(parents=True)
-    monkeypatch.setattr(artbench10, "_examples", cut_short)
-    if end is None:
-        pid = os.fork()
-        if pid == 0:
+    with monkeypatch.context() as during:
+        during.setattr(artbench10, "_examples", cut_short)
+        with pytest.raises(becomes):
             prepare.prepare("artbench10", tmp_path, manual)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    else:
-        with pytest.raises((KeyboardInterrupt, prepare.NagJaxError), match="No space left|^$"):
-            prepare.prepare("artbench10", tmp_path, manual)
-    with pytest.raises(UserError, match="not prepared"):
-        open_source(DataConfig(name="artbench10", data_dir=str(tmp_path)), "train")
-    monkeypatch.setattr(artbench10, "_examples", image)
-    assert prepare.prepare("artbench10", tmp_path, manual) == {"train": 20, "test": 20}
+    check_nothing_looks_whole_and_the_next_try_works(tmp_path, manual)
+
+
+KILLED = """
+import os, signal, sys
+from nag_jax.data.builders import artbench10
+from nag_jax.data.prepare import prepare
+
+def killed(archive, split):
+    yield "0", {"image": b"x", "label": 0, "file_name": "0"}
+    if split == "test":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+artbench10._examples = killed
+prepare("artbench10", sys.argv[1], sys.argv[2])
+"""
+
+
+def test_killed_preparation_leaves_nothing_that_looks_whole(manual: Path, tmp_path: Path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(manual)], cwd=REPOSITORY)
+    assert done.returncode == -signal.SIGKILL
+    check_nothing_looks_whole_and_the_next_try_works(tmp_path, manual)
