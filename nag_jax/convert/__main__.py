@@ -10,8 +10,9 @@ which the average is taken, or a folder that diffusers wrote, in one file or sev
 holds is recognised from the names and shapes of its tensors. No torch is needed, and nothing that stands in a file is
 run. Numbers are carried as they are, in float32: what goes in comes out of --to bit for bit.
 
-A DiT of diffusers becomes the official network that its weights were trained as; diffusers' own class computes the time
-features with slightly other frequencies, and so answers a little differently.
+A DiT of diffusers becomes the official network, which the published weights were trained as. Diffusers' own class
+computes the time features with other frequencies and so gives other answers; a network that was trained in it is not
+what comes out here.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import sys
 
 from etils import epath
 
+from nag_jax import loading
 from nag_jax.convert import tables
 from nag_jax.convert.diffusers_vae import import_autoencoder
 from nag_jax.convert.network import export_network, import_network
 from nag_jax.convert.source import Part, read_source
 from nag_jax.errors import NagJaxError, UserError
-from nag_jax.loading import NULL_NOISE_INITS
 
 PIPELINE_PARTS: dict[str, Part | None] = {"auto": None, "dit": "network", "sit": "network", "vae": "autoencoder"}
 
@@ -53,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_heads", type=int, help="attention heads, for an official file of no published size")
     parser.add_argument(
         "--init",
-        choices=NULL_NOISE_INITS,
+        choices=loading.NULL_NOISE_INITS,
         help="how the new null noise embedding starts: the mean output of the time MLP over the training levels "
         "(default), N(0, 0.02^2) with a fixed seed, or zeros; an error where the file holds one",
     )
@@ -77,7 +78,9 @@ def import_weights(given: argparse.Namespace) -> str:
         autoencoder = import_autoencoder(source, target, given.name)
         return f"autoencoder {autoencoder.name}, latents of {autoencoder.config.latent_channels} channels"
     _refuse(given, ("name",), "an autoencoder, not for a DiT or SiT")
-    network = import_network(source, target, given.kind, num_heads=given.num_heads, init=given.init, vae=given.vae)
+    network, params = import_network(source, given.kind, num_heads=given.num_heads, init=given.init, vae=given.vae)
+    del source  # its tensors take as much memory as the parameters
+    loading.write_network(target, network, params)
     height, width, channels = network.sample_shape
     size = network.model.size or f"of {network.model.depth} blocks"
     return f"network {size}, {network.num_classes} classes, states {height} x {width} x {channels}"

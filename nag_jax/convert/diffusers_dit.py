@@ -4,9 +4,10 @@ The official tensors are all there, only cut and repeated: q, k and v apart, and
 in every block. They are put together here, and `tables.py` does the rest, so that a diffusers folder and the official
 file that it was made from become the same network.
 
-That network is the official one, which diffusers' class computes with two small changes of its own (as of 0.42): its
+That network is the official one, which diffusers' class computes with two changes of its own (as of 0.42): its
 sinusoidal time features have the frequencies 10000^(-i / 127), not 10000^(-i / 128), and the layer norm before the MLP
-adds `norm_eps` = 1e-5, not 1e-6. The published weights were trained without these changes.
+adds `norm_eps` = 1e-5, not 1e-6. The published weights were trained without these changes; for a network that was
+trained in diffusers' class, the frequencies are the wrong ones.
 """
 
 from __future__ import annotations

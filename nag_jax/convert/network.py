@@ -13,23 +13,22 @@ from nag_jax import loading
 from nag_jax.autoencoder import read_autoencoder
 from nag_jax.convert import diffusers_dit, tables, torch_file
 from nag_jax.convert.source import Source
+from nag_jax.denoiser import Params
 from nag_jax.errors import UserError
 
 
 def import_network(
     source: Source,
-    target: epath.PathLike,
     kind: tables.Kind | Literal["auto"] = "auto",
     *,
     num_heads: int | None = None,
     init: str | None = None,
     vae: epath.PathLike | None = None,
-) -> loading.ModelDescription:
-    """Writes a network as a folder for `nag_jax.load`, which finds the same weights as "ema" and "params".
+) -> tuple[loading.ModelDescription, Params]:
+    """The network of a source; `loading.write_network` makes a folder of it.
 
     Args:
         source: from `read_source`: an official network, or diffusers' DiT.
-        target: folder to make.
         kind: "dit", "sit", or "auto" for what the file's settings or its name say.
         num_heads: attention heads of an official network of no published size.
         init: how the null noise embedding starts where the source holds none, of `loading.NULL_NOISE_INITS`; None
@@ -37,25 +36,24 @@ def import_network(
         vae: folder of the converted autoencoder that made the training latents; None if it is not known.
 
     Returns:
-        The description that was written.
+        (its description, its parameters on the host).
 
     Raises:
         UserError: the tensors are those of no such network, or the autoencoder has other latents.
     """
-    description, params = _read_network(source, kind, num_heads, init)
-    if vae is not None:
-        autoencoder = read_autoencoder(vae)
-        channels, needed = autoencoder.description.config.latent_channels, description.sample_shape[-1]
-        if channels != needed:
-            raise UserError(f"{vae} makes latents of {channels} channels; the network of {source.path} has {needed}.")
-        description = dataclasses.replace(description, latent=autoencoder.latent)
-    loading.write_network(target, description, params)
-    return description
+    description, params = _in_our_layout(source, kind, num_heads, init)
+    if vae is None:
+        return description, params
+    autoencoder = read_autoencoder(vae)
+    channels, needed = autoencoder.description.config.latent_channels, description.sample_shape[-1]
+    if channels != needed:
+        raise UserError(f"{vae} makes latents of {channels} channels; the network of {source.path} has {needed}.")
+    return dataclasses.replace(description, latent=autoencoder.latent), params
 
 
-def _read_network(
+def _in_our_layout(
     source: Source, kind: tables.Kind | Literal["auto"], num_heads: int | None, init: str | None
-) -> tuple[loading.ModelDescription, Any]:
+) -> tuple[loading.ModelDescription, Params]:
     path = str(source.path)
     if source.layout == "autoencoder":
         raise UserError(f"{path} holds an autoencoder, not a DiT or SiT. Leave out --kind={kind}, or give another.")
