@@ -63,8 +63,9 @@ class SamplerComparison(NamedTuple):
     def check(self) -> None:
         """Asserts that every step agrees, and that all steps together differ by no more than roundings explain.
 
-        Over 250 steps, roundings partly cancel; a small error that always goes one way adds up and is seen in `free`.
-        The factor 2 leaves room for the largest of a thousand entries, which is another one from draw to draw.
+        Over many steps roundings partly cancel. An error of a rounding's size that goes the same way in every step adds
+        up to more than that, and `free` shows it. The factor 2 leaves room, for the largest entry varies from draw to
+        draw.
         """
         assert self.step_errors.max() <= STATE_TOLERANCE
         assert self.moves.min() > 100 * STATE_TOLERANCE  # The tolerance is small against what a step does.
@@ -115,6 +116,7 @@ class Twin:
         ours = tables.export_params(gradient, self.description, self.kind, source="a gradient", keep_null_noise=True)
         theirs = {name: parameter.grad for name, parameter in self.network.named_parameters()}
         assert ours.keys() == theirs.keys()
+        assert all(theirs[name].any() for name in theirs if name != tables.POSITIONS)  # 0 = 0 would compare nothing
         return {name: relative_error(ours[name], theirs[name]) for name in theirs if name != tables.POSITIONS}
 
     def compare_sampler(
