@@ -42,6 +42,7 @@ def test_help_says_what_it_does_and_how():
         (["--config.sampling.stepper=eulr", "--dry_run"], "'eulr' is not a stepper"),
         (["--config.objective.noise_dropout=0.0", "--dry_run"], "was not trained with noise-condition dropout"),
         (["--config.objective.prediction=noise", "--dry_run"], "a noise prediction does not determine the velocity"),
+        (["--mode=encode"], "--mode=encode has no --checkpoint and no --workdir"),
         (["--config", "configs/none.py"], "There is no config file configs/none.py"),
         (["--config.batch_size=0.5"], "batch_size"),
         (["--mode=evaluate", "--checkpoint=nowhere"], "nowhere is no folder of a trained network"),

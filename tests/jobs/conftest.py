@@ -21,8 +21,10 @@ class Runs:
     def __init__(self, data_dir: Path):
         self.data_dir = data_dir
 
-    def start(self, workdir: Path, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "nag_jax.main", f"--workdir={workdir}"]
+    def start(self, workdir: Path | None, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "nag_jax.main"]
+        if workdir is not None:
+            command.append(f"--workdir={workdir}")
         if not any(argument.startswith(("--config=", "--mode=")) for argument in arguments):
             command.append("--config=configs/digits.py:smoke")
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(self.data_dir)}
@@ -32,13 +34,13 @@ class Runs:
             [*command, *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
-    def finish(self, workdir: Path, *arguments: str, expect: int = 0, devices: int = 1) -> tuple[str, str]:
+    def finish(self, workdir: Path | None, *arguments: str, expect: int = 0, devices: int = 1) -> tuple[str, str]:
         process = self.start(workdir, *arguments, devices=devices)
         output, errors = process.communicate(timeout=600)
         assert process.returncode == expect, errors
         return output, errors
 
-    def interrupt(self, workdir: Path, number: signal.Signals, when: Callable[[], bool], *arguments: str) -> str:
+    def interrupt(self, workdir: Path | None, number: signal.Signals, when: Callable[[], bool], *arguments: str) -> str:
         """Starts, waits until `when`, sends the signal and returns what was said on standard error."""
         process = self.start(workdir, *arguments)
         deadline = time.monotonic() + 300
