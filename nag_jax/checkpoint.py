@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from nag_jax.denoiser import Params
@@ -66,7 +67,8 @@ class Checkpoints:
         else:
             # A save that was killed leaves a temporary folder, which is never listed as a step and is removed here.
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with _without_warnings() if read_only else contextlib.nullcontext():
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """Steps whose save is complete on disk, ascending."""
@@ -226,6 +228,17 @@ class Checkpoints:
                 f"A checkpoint could not be written to {self.directory} ({_first_line(error)}). Is the disk full? "
                 f"Complete checkpoints there: {kept}."
             ) from error
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keeps orbax from warning that a folder which is only to be read is only read."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(min(verbosity, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

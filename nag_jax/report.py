@@ -94,6 +94,9 @@ def _setup(config: Json, environment: Json, lines: Sequence[Json], evaluation: E
             f"{_count(evaluation.metrics.get('num_samples'))} samples a method, on the same noise and labels: "
             f"{sampling['stepper']}, {sampling['num_steps']} steps, weights “{sampling['weights']}”."
         )
+        if evaluation.conditions.get("vae"):
+            name = evaluation.conditions["vae"]["name"]
+            sentences.append(f"Samples and held-out images are latents that the autoencoder “{name}” decoded.")
     return " ".join(sentences)
 
 
