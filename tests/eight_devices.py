@@ -11,10 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from nag_jax.autoencoder import made_up_autoencoder
 from nag_jax.checkpoint import Checkpoints
+from nag_jax.data.images import to_uint8
+from nag_jax.data.sources import DataConfig
 from nag_jax.denoiser import NetworkFunction, from_network
 from nag_jax.diffusion.objective import Objective, draw
 from nag_jax.diffusion.process import Linear
+from nag_jax.jobs.decoding import Decoder
 from nag_jax.models.dit import ModelConfig, build_model
 from nag_jax.parallel import (
     ParallelConfig,
@@ -30,7 +34,7 @@ from nag_jax.parallel import (
 )
 from nag_jax.training.optimizer import OptimizerConfig, make_optimizer
 from nag_jax.training.state import init_state
-from nag_jax.training.step import jit_train_step, make_train_step, pmap_train_step
+from nag_jax.training.step import batch_states, jit_train_step, make_train_step, pmap_train_step
 
 SHAPE, ROWS, KEY = (8, 8, 1), 16, jax.random.key(5)
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
@@ -176,6 +180,19 @@ def main(folder):
     whole = jax.jit(lambda key, positions: draw(OBJECTIVE, Linear(), key, 3, positions, SHAPE))
     positions = jnp.arange(ROWS)
     report["same_draws"] = same_bits(compiled(jax.device_put(KEY, replicated(mesh)), positions), whole(KEY, positions))
+    mesh = modes["all"].mesh
+    vae = made_up_autoencoder()
+    rng = np.random.default_rng(2)
+    moments = rng.normal(size=(ROWS, 2, 2, 8)).astype(np.float16)
+    draw_states = jax.jit(lambda moments: batch_states({"moments": moments}, vae.latent, KEY, 3))
+    states = draw_states(moments)
+    placed = draw_states(jax.device_put(moments, batch_sharding(mesh)))
+    report["latent_difference"] = largest_difference(placed, states)
+    decoder = Decoder(DataConfig(mock_examples=1), vae.latent, mesh, "network")
+    expected = to_uint8(on_host(vae.decode(states[:13])))
+    for name, images in (("decode_all", decoder.decode_all(on_host(states[:13]))), ("decode", decoder(placed)[:13])):
+        report[name] = largest_difference(images.astype(np.float32), expected.astype(np.float32))
+    mesh = modes["fsdp"].mesh
     report["local_rows"] = [local_rows(mesh, ROWS).start, local_rows(mesh, ROWS).stop]
     report["state_rules"] = (
         param_shardings(mesh, modes["fsdp"].state.params) == modes["fsdp"].shardings.ema["ema"]

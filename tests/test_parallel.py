@@ -126,6 +126,11 @@ def test_eight_devices_compute_what_one_does(eight):
 
 
 @pytest.mark.serial
+def test_latents_are_drawn_and_decoded_alike_on_a_mesh(eight):
+    assert eight["latent_difference"] < 1e-5
+    assert eight["decode_all"] <= 1 and eight["decode"] <= 1  # bytes; a rounding may fall on the other side
+
+@pytest.mark.serial
 def test_parameters_moments_and_averages_are_split(eight):
     assert eight["fsdp_share_per_device"] < 0.2
     assert eight["sharding_kept"] and eight["state_rules"]

@@ -42,7 +42,7 @@ class Decoder:
         self.mesh = mesh
         self.vae: VaeDescription | None = None
         self._params: Params = None
-        decode: Callable[[Params, jax.Array], jax.Array] = lambda _, states: to_uint8(states)  # noqa: E731
+        decode: Callable[[Params, jax.Array], jax.Array] = _change_range
         if latent is not None:
             autoencoder = open_autoencoder(config)
             check_latent(latent, autoencoder.latent, network)
@@ -92,6 +92,10 @@ def open_autoencoder(config: DataConfig) -> Autoencoder:
         "The network works on latents, and nothing decodes its samples: set config.data.vae to the folder of a "
         "converted autoencoder (python -m nag_jax.convert SOURCE FOLDER)."
     )
+
+
+def _change_range(params: None, states: jax.Array) -> jax.Array:
+    return to_uint8(states)
 
 
 def _decode_latents(vae: VaeDescription, params: Params, states: jax.Array) -> jax.Array:
