@@ -222,9 +222,9 @@ def open_trained(
             "Choose another --workdir."
         )
     experiment = open_experiment(config, workdir, checkpoint)
-    check_sampling(experiment, methods)
     if needs_data or any(method.needs_estimator for method in methods.values()):
         _ = experiment.train_source, experiment.eval_source  # opened, and so checked, before anything long runs
+    check_sampling(experiment, methods)
     with Checkpoints(checkpoint / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.latest_step()
     params = loading.read_params(checkpoint, config.sampling.weights, step)
