@@ -155,6 +155,5 @@ def test_eight_devices_compute_what_one_does():
     assert report["devices"] == 8
     assert report["rows_are_split"]
     assert all(report["moments_within_bound"].values()), report
-    assert report["refused"] == "A batch of 12 examples does not split evenly over parallel.data x parallel.fsdp = 8. " \
-        "Set batch_size to a multiple of 8."  # fmt: skip
+    assert "12 examples does not split evenly" in report["refused"]
     assert report["manifold_equals_one_device"] == {"data": True, "all": True}
