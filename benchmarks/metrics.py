@@ -6,7 +6,7 @@ Both covariances share their eigenvectors, so the distance has a closed form, su
 stand in one run ours, scipy's `sqrtm` of the product, torch-fidelity's eigenvalues of it (if it is installed) and ours
 with float32 eigendecompositions. Then rows a second of the streaming moments, and of the manifolds of 2,000 vectors.
 
-Writes results/metrics_cpu.json; about two minutes on two cores.
+Writes results/metrics_cpu.json; a minute and a half on two cores.
 """
 
 from __future__ import annotations
