@@ -180,3 +180,78 @@ def test_pairing_narrows_the_difference_of_correlated_methods():
     swapped = frechet.paired_bootstrap_difference(b, a, reference, num_resamples=100)
     np.testing.assert_allclose(swapped, (-paired[1], -paired[0]), atol=1e-9)
     assert frechet.paired_bootstrap_difference(a, a, reference, num_resamples=20) == (0.0, 0.0)
+
+
+def test_one_reference_serves_many_sets():
+    rng = np.random.default_rng(11)
+    reference = random_moments(rng, 30)
+    distance_to = frechet.DistanceTo(reference)
+    for n in (2, 10, 29, 30, 80):
+        x = rng.normal(size=(n, 30)) + 1
+        expected = frechet_distance(reference, moments(x))
+        assert distance_to.of_moments(moments(x)) == pytest.approx(expected, rel=1e-9)
+        assert distance_to.of_features(x) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(UserError, match="30 and 4 dimensions"):
+        distance_to.of_features(np.zeros((5, 4)))
+
+
+def test_a_reference_may_not_know_its_count():
+    m = random_moments(np.random.default_rng(12), 5)
+    unknown = Moments(None, m.mean, m.covariance)
+    assert frechet_distance(unknown, m) == pytest.approx(0, abs=1e-12)
+
+
+def hard_covariance(rng: np.random.Generator, d: int, smallest: float) -> np.ndarray:
+    rotation = np.linalg.qr(rng.normal(size=(d, d)))[0]
+    covariance = (rotation * np.geomspace(1, smallest, d)) @ rotation.T
+    return 0.5 * (covariance + covariance.T)
+
+
+@pytest.mark.parametrize(("smallest", "bound"), [(1e-4, 1e-11), (1e-12, 1e-5)])
+def test_equal_covariances_with_tiny_eigenvalues_cost_nothing_on_either_side(smallest, bound):
+    """A known gap of the means keeps the result off 0, so that an error below would show as well."""
+    rng, d = np.random.default_rng(13), 200
+    covariance = hard_covariance(rng, d, smallest)
+    a = Moments(1000, np.zeros(d), covariance)
+    b = Moments(1000, np.full(d, 0.1), covariance)
+    assert frechet_distance(a, b) == pytest.approx(0.01 * d, abs=bound)
+    assert 0 <= frechet_distance(a, a) <= bound
+
+
+def test_a_covariance_rounded_to_float32_is_read_within_its_rounding():
+    rng, d = np.random.default_rng(14), 150
+    exact = hard_covariance(rng, d, 1e-12)
+    rounded = exact.astype(np.float32).astype(np.float64)
+    assert np.linalg.eigvalsh(rounded)[0] < 0  # no covariance any more, strictly
+    a, b = (Moments(1000, np.zeros(d), covariance) for covariance in (exact, rounded))
+    allowed = 4 * d * np.linalg.norm(rounded - exact, 2)
+    for distance in (frechet_distance(a, b), frechet_distance(b, a), frechet_distance(b, b)):
+        assert 0 <= distance < allowed
+    shifted = Moments(1000, np.ones(d), rounded)
+    assert frechet_distance(b, shifted) == pytest.approx(d, abs=allowed)
+
+
+def test_a_matrix_that_is_no_covariance_is_refused():
+    m = Moments(10, np.zeros(2), np.array([[1.0, 2.0], [2.0, 1.0]]))
+    with pytest.raises(UserError, match="eigenvalue -1.*no covariance"):
+        frechet_distance(m, m)
+
+
+def test_two_vectors_and_constant_features():
+    x, y = np.array([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0]]), np.array([[1.0, 3.0, 0.0], [1.0, 5.0, 0.0]])
+    # Variances of 2 along different axes: nothing is shared. The means differ by (0, 4, 0).
+    assert frechet_distance_from_features(x, y) == pytest.approx(16 + 2 + 2)
+    constant = np.full((20, 3), 0.1)
+    assert frechet_distance_from_features(constant, constant) == pytest.approx(0, abs=1e-15)
+    assert frechet_distance_from_features(constant, constant + 1) == pytest.approx(3)
+
+
+@pytest.mark.parity
+def test_agrees_with_torch_fidelity(torch_fidelity):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(15)
+    x, y = rng.exponential(size=(400, 24)), rng.normal(size=(300, 24))
+    fid = torch_fidelity("metric_fid")
+    statistics = [fid.fid_features_to_statistics(torch.from_numpy(z)) for z in (x, y)]
+    theirs = fid.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    assert frechet_distance_from_features(x, y) == pytest.approx(theirs, rel=1e-9)
