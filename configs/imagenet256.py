@@ -4,7 +4,7 @@
     python -m nag_jax.main --config=configs/imagenet256.py:sit_xl2,nag,finetune          the paper's experiment
     python -m nag_jax.main --config=configs/imagenet256.py:sit_xl2,finetune              its matched control
     python -m nag_jax.main --mode=sample --checkpoint=converted/sit_xl2 --config=configs/imagenet256.py:sit_xl2
-    python -m nag_jax.main --config=configs/imagenet256.py:smoke                         the same code, made-up data
+    python -m nag_jax.main --config=configs/imagenet256.py:smoke                         tiny, on made-up data
 
 Before, `python -m nag_jax.convert` makes converted/sd_vae_ema and converted/sit_xl2 or dit_xl2 of the published files;
 docs/data.md has the steps. Other places: --config.data.vae, --config.data.latents, --config.init_from.
@@ -23,7 +23,8 @@ Options, behind a colon, in any order:
                                              of 1e-4, batch 256 and EMA .9999: the public training's, for the paper
                                              does not say. Without it, 400,000 steps from scratch.
     null_only                                trains the null noise embedding alone (with nag and finetune).
-    smoke                                    a tiny network on 64 made-up latents and an autoencoder of random weights.
+    smoke                                    a tiny network on 64 made-up latents and an autoencoder of random weights,
+                                             always from scratch: conversion and encoding are left out.
 """
 
 import ml_collections

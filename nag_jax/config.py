@@ -29,7 +29,7 @@ from nag_jax.training.ema import EmaConfig
 from nag_jax.training.optimizer import OptimizerConfig
 
 # Keys that decide what a training run computes: a work folder goes on only under the same ones.
-FIXED_ON_RESUME = ("model", "process", "objective", "data", "optimizer", "batch_size", "ema", "seed")
+FIXED_ON_RESUME = ("model", "process", "objective", "data", "optimizer", "batch_size", "ema", "seed", "init_from")
 # Within them, what says only where the same things lie.
 FREE_ON_RESUME = ("data.data_dir", "data.vae", "data.latents")
 
@@ -107,6 +107,9 @@ class EvalConfig:
         num_reference: most training and held-out images that are read for features and the noise shift.
         num_resamples: bootstrap resamples behind every interval.
         save_samples: also write the samples as samples.npz.
+        feature_net: folder of a converted feature net (FID's Inception, EfficientNet-Lite0), for the distances; "" for
+            a classifier that is trained on the training data, and is of no use for `--samples`.
+        inception_score_order: of the images that are split in ten: "shuffled", or "as_given" as ADM's evaluator does.
     """
 
     name: str = ""
@@ -117,6 +120,8 @@ class EvalConfig:
     num_reference: int = 2000
     num_resamples: int = 200
     save_samples: bool = False
+    feature_net: str = ""
+    inception_score_order: Literal["shuffled", "as_given"] = "shuffled"
 
     def __post_init__(self) -> None:
         _check_at_least("eval", self, num_samples=2, seed=0, every_steps=0, num_reference=2, num_resamples=20)
@@ -192,6 +197,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_at_least("config", self, seed=0, batch_size=1, num_steps=1)
+        if self.optimizer.trainable != "all" and self.objective.noise_dropout == 0.0:
+            raise UserError(
+                f"optimizer.trainable = {self.optimizer.trainable!r} trains what is used only where the noise "
+                "condition is dropped, and objective.noise_dropout is 0. Set it above 0."
+            )
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -294,7 +304,7 @@ def key_paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def with_training_of(config: Config, stored: Config) -> Config:
     """`config` with everything about training as in `stored`: what a job on a trained network works under."""
-    kept = {name: getattr(stored, name) for name in ("num_steps", "init_from", *FIXED_ON_RESUME) if name != "data"}
+    kept = {name: getattr(stored, name) for name in ("num_steps", *FIXED_ON_RESUME) if name != "data"}
     return dataclasses.replace(config, **kept)
 
 

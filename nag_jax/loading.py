@@ -1,4 +1,5 @@
-"""From a folder to a Denoiser: `model.json` says what the network is, a checkpoint holds its weights.
+"""From a folder, of a training or a conversion, to a Denoiser: `model.json` says what the network is, a checkpoint
+holds its weights.
 
 The estimator that was trained on a network is loaded here too, for its shape stands in the same `model.json`.
 
@@ -143,7 +144,10 @@ def read_description(folder: epath.PathLike) -> ModelDescription:
     """Reads a folder's `model.json`. Raises UserError if there is none or it is damaged."""
     path = epath.Path(folder) / MODEL_FILE
     if not path.exists():
-        raise UserError(f"{folder} is no folder of a trained network: it has no {MODEL_FILE}. Give a training folder.")
+        raise UserError(
+            f"{folder} is no folder of a trained network: it has no {MODEL_FILE}. Give a training folder, or one that "
+            "python -m nag_jax.convert made of public weights."
+        )
     return from_section(ModelDescription, storage.read_json(path), str(path))
 
 
@@ -171,7 +175,7 @@ def load(path: epath.PathLike, weights: str = "ema", step: int | None = None) ->
     """Loads a trained network.
 
     Args:
-        path: a training folder (the `--workdir` of a run).
+        path: a training folder (the `--workdir` of a run) or a converted one.
         weights: "params", or the name of an average.
         step: checkpoint to read; the newest if None.
 
@@ -254,9 +258,15 @@ def check_fine_tuning(source: ModelDescription, description: ModelDescription, n
     for field in ("model", "process", "sample_shape", "network_time", "output"):
         before, now = getattr(source, field), getattr(description, field)
         if field == "model":  # How a network is computed may change, what it computes may not.
-            before, now = _computed(before), _computed(now)
+            before, now = (dataclasses.asdict(_computed(model)) for model in (before, now))
+            differing = [key for key in before if before[key] != now[key]]
+            field = ", ".join(f"model.{key}" for key in differing) or field
+            before, now = ([model[key] for key in differing] for model in (before, now))
         if before != now:
-            raise UserError(f"init_from = {name!r} does not fit this config: its {field} is {before}, not {now}")
+            raise UserError(
+                f"init_from = {name!r} does not fit this config: its {field} is {before}, not {now}. Set the config's "
+                "to the network's, or start from another network."
+            )
     check_latent(source.latent, description.latent, name)
 
 
@@ -280,6 +290,13 @@ def check_latent(network: LatentSpace | None, data: LatentSpace | None, name: st
                 f"The network in {name} works on latents with {field} {wanted}, but these have {found}: they come "
                 "from another autoencoder. Encode the data, and decode samples, with the one that it was trained with."
             )
+
+
+def computed_as(model: ModelConfig, how: ModelConfig) -> ModelConfig:
+    """`model` computed in the dtype, at the precision and by the attention of `how`; its parameters stay the same."""
+    return dataclasses.replace(
+        model, dtype=how.dtype, precision=how.precision, remat=how.remat, attention=how.attention
+    )
 
 
 def _computed(model: ModelConfig) -> ModelConfig:

@@ -4,6 +4,7 @@
     python -m nag_jax.main --config=configs/imagenet256.py:sit_xl2,nag --workdir=DIR
     python -m nag_jax.main --mode=sample --checkpoint=runs/digits --config.sampling.nag_scale=2
     python -m nag_jax.main --mode=compare --checkpoint=runs/digits
+    python -m nag_jax.main --mode=evaluate --samples=A.npz --reference=B.npz --config.eval.feature_net=FOLDER
     python -m nag_jax.main --mode=encode --config=FILE --config.data.vae=FOLDER --config.data.latents=FOLDER
 
 A config file names what a run fixes; --config.a.b=VALUE changes a key, and --dry_run prints every key with its value.
@@ -51,6 +52,12 @@ CHECKPOINT = flags.DEFINE_string(
     None,
     "Folder of a trained or converted network, for every mode but train and encode. Default: the work folder.",
 )
+SAMPLES = flags.DEFINE_string(
+    "samples", None, "With --mode=evaluate: judge these images (.npz of ADM's layout, or a folder) and no network."
+)
+REFERENCE = flags.DEFINE_string(
+    "reference", None, "With --samples: what they are compared with, images or an .npz of statistics."
+)
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check everything, print the settings and what would run; no work folder is written."
 )
@@ -68,10 +75,16 @@ def main(arguments: list[str]) -> None:
         encode_data()
         return
 
+    if SAMPLES.value or REFERENCE.value:
+        if MODE.value != "evaluate" or CHECKPOINT.value or not (SAMPLES.value and REFERENCE.value):
+            raise UserError("--samples and --reference go together, with --mode=evaluate and without --checkpoint.")
+        evaluate_images(SAMPLES.value, REFERENCE.value)
+        return
+
     # Imported late, so that --help and a wrong flag answer at once.
     from nag_jax.config import from_config_dict, to_dict
     from nag_jax.jobs import compare, evaluate, noise_shift, sample, train
-    from nag_jax.jobs.experiment import check_sampling, describe_experiment, open_experiment, open_training
+    from nag_jax.jobs.experiment import check_sampling, describe_experiment, open_experiment
 
     default = CHECKPOINT.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = epath.Path(WORKDIR.value or default)
@@ -80,10 +93,14 @@ def main(arguments: list[str]) -> None:
     config = from_config_dict(CONFIG.value) if is_training else config_of_trained(checkpoint)
     if DRY_RUN.value:
         methods = (compare if MODE.value == "compare" else evaluate).make_methods(config)
-        experiment = open_training(config, workdir) if is_training else open_experiment(config, workdir, checkpoint)
-        check_sampling(experiment, methods)
+        needs_data = MODE.value != "sample"
+        if is_training:
+            experiment = train.open_run(config, workdir)
+        else:
+            experiment = open_experiment(config, workdir, checkpoint)
+            check_sampling(experiment, methods, needs_data=needs_data)
         print(json.dumps(to_dict(config), indent=2))
-        print(describe_experiment(experiment, MODE.value, methods))
+        print(describe_experiment(experiment, MODE.value, methods, needs_data=needs_data))
     elif is_training:
         print(f"report: {train.run(config, workdir)}", flush=True)
     elif MODE.value == "evaluate":
@@ -91,6 +108,20 @@ def main(arguments: list[str]) -> None:
     else:
         job = {"sample": sample, "noise_shift": noise_shift, "compare": compare}[MODE.value]
         print(f"written: {job.run(config, workdir, checkpoint)}", flush=True)
+
+
+def evaluate_images(samples: str, reference: str) -> None:
+    """--mode=evaluate --samples=A --reference=B: works on images alone, on the config as --config gives it."""
+    from nag_jax.config import from_config_dict, to_dict
+    from nag_jax.jobs import evaluate_samples
+
+    config = from_config_dict(CONFIG.value)
+    workdir = epath.Path(WORKDIR.value or f"runs/{Path(samples).stem}")
+    if DRY_RUN.value:
+        print(json.dumps(to_dict(config), indent=2))
+        print(evaluate_samples.describe(config, samples, reference, workdir))
+    else:
+        print(f"written: {evaluate_samples.run(config, samples, reference, workdir)}", flush=True)
 
 
 def encode_data() -> None:
@@ -119,7 +150,10 @@ def config_of_trained(checkpoint: epath.Path) -> Config:
     if not path.exists() and (checkpoint / "model.json").exists():
         return config_of_converted(checkpoint)
     if not path.exists():
-        raise UserError(f"{checkpoint} is no folder of a trained network: it has no config.json. Train one first.")
+        raise UserError(
+            f"{checkpoint} is no folder of a network: it has no config.json. Give a training folder, or one that "
+            "python -m nag_jax.convert made of public weights."
+        )
     stored = from_config_dict(storage.read_json(path))
     if is_config_given(sys.argv[1:]):
         return with_training_of(from_config_dict(CONFIG.value), stored)
@@ -135,7 +169,7 @@ def config_of_converted(checkpoint: epath.Path) -> Config:
 
     from nag_jax.config import from_config_dict
     from nag_jax.denoiser import predicted
-    from nag_jax.loading import read_description
+    from nag_jax.loading import computed_as, read_description
 
     if not is_config_given(sys.argv[1:]):
         raise UserError(
@@ -146,7 +180,8 @@ def config_of_converted(checkpoint: epath.Path) -> Config:
     prediction: Any = predicted(description.output)
     noise_dropout = config.objective.noise_dropout if description.has_null_noise else 0.0
     objective = dataclasses.replace(config.objective, prediction=prediction, noise_dropout=noise_dropout)
-    return dataclasses.replace(config, model=description.model, process=description.process, objective=objective)
+    model = computed_as(description.model, config.model)
+    return dataclasses.replace(config, model=model, process=description.process, objective=objective)
 
 
 def is_config_given(arguments: list[str]) -> bool:

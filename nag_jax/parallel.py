@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nag_jax.errors import UserError
@@ -215,3 +216,13 @@ def check_batch_size(batch_size: int, parts: int, what: str) -> None:
             f"Set batch_size to a multiple of {parts}."
         )
 
+
+def local_sharding(*axes: str) -> NamedSharding:
+    """A sharding over this process' devices, which are the axis "data"; with no axes every device holds all."""
+    return NamedSharding(Mesh(np.array(jax.local_devices()), ("data",)), PartitionSpec(*axes))
+
+
+def wait_for_all_hosts(point: str) -> None:
+    """Returns when every process has come to `point`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(point)

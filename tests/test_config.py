@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from nag_jax.data.fine_tuning_sets import FINE_TUNING_SETS
 
 from nag_jax.config import (
     Config,
@@ -23,6 +22,7 @@ from nag_jax.config import (
     to_dict,
     with_training_of,
 )
+from nag_jax.data.fine_tuning_sets import FINE_TUNING_SETS
 from nag_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,13 +213,21 @@ def test_every_fine_tuning_set_has_the_same_protocol_and_a_control(name: str):
     [
         ("imagenet256.py", "null_only", "add nag,finetune"),
         ("imagenet256.py", "sit_b2,finetune", "there is none of sit_b2"),
-        ("finetune.py", "cub,null_only", "add nag"),
         ("finetune.py", "cub,cars", "exclude each other"),
     ],
 )
 def test_options_that_make_no_sense_together_are_refused(name: str, options: str, message: str):
     with pytest.raises(UserError, match=message):
         get_config(name, options)
+
+
+def test_training_the_null_path_alone_needs_dropped_noise_conditions():
+    values = to_dict(Config())
+    values["optimizer"]["trainable"] = "null_noise_embedding"
+    assert from_config_dict(values).optimizer.trainable == "null_noise_embedding"
+    values["objective"]["noise_dropout"] = 0.0
+    with pytest.raises(UserError, match="objective.noise_dropout is 0. Set it above 0"):
+        from_config_dict(values)
 
 
 @pytest.mark.parametrize("name", ["digits.py", "finetune.py", "imagenet256.py"])

@@ -3,6 +3,7 @@
     python -m nag_jax.convert SiT-XL-2-256x256.pt FOLDER             a folder for nag_jax.load
     python -m nag_jax.convert DiT-XL-2-256 FOLDER                    diffusers' DiT or its whole pipeline, the same
     python -m nag_jax.convert sd-vae-ft-ema FOLDER                   diffusers' AutoencoderKL, for latents
+    python -m nag_jax.convert pt_inception-2015-12-05-6726825d.pth FOLDER    FID's feature net
     python -m nag_jax.convert FOLDER weights.pt --to=sit             the official state dict
 
 SOURCE is an official DiT or SiT state dict (.pt, .pth or .safetensors), a training checkpoint of the official code, of
@@ -25,11 +26,18 @@ from etils import epath
 from nag_jax import loading
 from nag_jax.convert import tables
 from nag_jax.convert.diffusers_vae import import_autoencoder
+from nag_jax.convert.feature_nets import import_feature_net
 from nag_jax.convert.network import export_network, import_network
 from nag_jax.convert.source import Part, read_source
 from nag_jax.errors import NagJaxError, UserError
 
-PIPELINE_PARTS: dict[str, Part | None] = {"auto": None, "dit": "network", "sit": "network", "vae": "autoencoder"}
+PIPELINE_PARTS: dict[str, Part | None] = {
+    "auto": None,
+    "dit": "network",
+    "sit": "network",
+    "vae": "autoencoder",
+    "feature_net": None,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -72,7 +80,11 @@ def import_weights(given: argparse.Namespace) -> str:
         raise UserError("--keep_null_noise goes with --to; a null noise embedding is always read.")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} exists already. Choose another folder, or delete it.")
+    if given.kind == "feature_net" or epath.Path(given.source).suffix == ".pb":
+        return _import_feature_net(given, target)
     source = read_source(given.source, weights=given.weights, part=PIPELINE_PARTS[given.kind])
+    if given.kind == "auto" and source.layout == "feature net":
+        return _import_feature_net(given, target)
     if given.kind == "vae" or (given.kind == "auto" and source.layout == "autoencoder"):
         _refuse(given, ("num_heads", "init", "vae"), "a DiT or SiT, not for an autoencoder")
         autoencoder = import_autoencoder(source, target, given.name)
@@ -86,6 +98,12 @@ def import_weights(given: argparse.Namespace) -> str:
     return f"network {size}, {network.num_classes} classes, states {height} x {width} x {channels}"
 
 
+def _import_feature_net(given: argparse.Namespace, target: epath.Path) -> str:
+    _refuse(given, ("num_heads", "init", "vae", "name"), "other weights, not for a feature net")
+    description = import_feature_net(given.source, target)
+    return f"feature net {description.network}"
+
+
 def export_weights(given: argparse.Namespace) -> str:
     """Writes the official file and says what it holds. Raises UserError if it cannot be written."""
     _refuse(given, ("num_heads", "init", "vae", "name"), "reading weights, not for --to")
@@ -94,7 +112,7 @@ def export_weights(given: argparse.Namespace) -> str:
     if epath.Path(given.target).exists():
         raise UserError(f"{given.target} exists already. Choose another file, or delete it.")
     export_network(given.source, given.target, given.to, weights=given.weights, keep_null_noise=given.keep_null_noise)
-    return f"official {given.to}"
+    return f"official {given.to}, {'with' if given.keep_null_noise else 'without'} the null noise embedding"
 
 
 def _refuse(given: argparse.Namespace, names: tuple[str, ...], purpose: str) -> None:

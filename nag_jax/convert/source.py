@@ -18,11 +18,12 @@ from nag_jax.convert import safetensors_file, torch_file
 from nag_jax.errors import UserError
 from nag_jax.loading import MODEL_FILE
 
-Layout: TypeAlias = Literal["official", "diffusers dit", "autoencoder"]
+Layout: TypeAlias = Literal["official", "diffusers dit", "autoencoder", "feature net"]
 Part: TypeAlias = Literal["network", "autoencoder"]
 CONFIG_FILE = "config.json"
 WEIGHTS = "diffusion_pytorch_model"  # how diffusers names the weights of every model
 WEIGHT_FILES = tuple(f"{WEIGHTS}.{end}" for end in ("safetensors", "safetensors.index.json", "bin", "bin.index.json"))
+FEATURE_NET_STEMS = ("Conv2d_1a_3x3.conv.weight", "_conv_stem.weight")  # of Inception and EfficientNet
 PIPELINE_FOLDERS: dict[Part, str] = {"network": "transformer", "autoencoder": "vae"}
 
 
@@ -48,8 +49,10 @@ class Source(NamedTuple):
 
 
 def recognise_layout(names: Iterable[str]) -> Layout:
-    """Whose names these are: what is neither diffusers' DiT nor an autoencoder is taken for an official network."""
+    """Whose names these are: what is none of the others is taken for an official network."""
     for name in names:
+        if name in FEATURE_NET_STEMS:
+            return "feature net"
         if name.startswith(("encoder.", "decoder.", "first_stage_model.")):
             return "autoencoder"
         if name.startswith("transformer_blocks."):

@@ -91,7 +91,7 @@ class _WholeFile:
 
 
 def open_latents(config: DataConfig, split: str) -> LatentSource:
-    """Open the latents of one split; with `data.mock_examples` set, made-up ones.
+    """Open the latents of one split; with `data.mock_examples` set and none encoded, made-up ones.
 
     Every shard's presence and size is checked here, its content record by record as it is read.
 
@@ -105,9 +105,9 @@ def open_latents(config: DataConfig, split: str) -> LatentSource:
     Raises:
       UserError: there are none, encoding was not finished, shards are missing or short, or they are of other data.
     """
-    if config.mock_examples:
-        return _open_mock(config, split)
     folder = latent_shards.split_folder(config, split)
+    if config.mock_examples and not (folder / latent_shards.DATASET_FILE).exists():
+        return _open_mock(config, split)
     dataset = latent_shards.read_dataset(folder)
     encoding = dataset.encoding
     _check_conditions(folder, encoding, config, split)
@@ -149,11 +149,11 @@ def _check_conditions(folder: object, encoding: Encoding, config: DataConfig, sp
 
 
 def _open_mock(config: DataConfig, split: str) -> LatentSource:
-    """Random moments with the data set's labels, in the latent space of the made-up autoencoder."""
-    from nag_jax.autoencoder import made_up_autoencoder
+    """Random moments with the data set's labels, in the latent space of `data.vae` or else a made-up autoencoder."""
+    from nag_jax.autoencoder import made_up_autoencoder, read_autoencoder
 
     images = open_source(config, split)
-    autoencoder = made_up_autoencoder()
+    autoencoder = read_autoencoder(config.vae) if config.vae else made_up_autoencoder()
     latent, channels = autoencoder.latent, autoencoder.description.config.latent_channels
     side, rest = divmod(config.image_size, latent.downsampling)
     if rest:

@@ -2,7 +2,7 @@
 
 Both splits go through the autoencoder's encoder, each image as it is and mirrored, and are written shard by shard into
 `data.latents`; `data/latent_shards.py` says how. What is there already is checked and kept, so the same command goes on
-after a stop. Of several hosts each makes its own shards.
+after a stop. Of several processes of a job each makes its own shards; starting such a job is not in this version.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import sys
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nag_jax.autoencoder import Autoencoder, read_autoencoder
 from nag_jax.config import Config
@@ -25,6 +23,7 @@ from nag_jax.data.pipeline import batches_of, parts_of
 from nag_jax.data.sources import DataConfig, Source, open_source
 from nag_jax.errors import UserError
 from nag_jax.jobs.interrupt import Stopped, StopRequest, stop_on_signals
+from nag_jax.parallel import local_sharding, wait_for_all_hosts
 from nag_jax.progress import progress
 
 # Images that a device encodes at once. A batch of this size keeps an accelerator busy at 256 x 256 pixels, and there
@@ -250,18 +249,7 @@ def on_local_devices(autoencoder: Autoencoder) -> Autoencoder:
     return dataclasses.replace(autoencoder, params=jax.device_put(autoencoder.params, local_sharding()))
 
 
-def local_sharding(*axes: str) -> NamedSharding:
-    """A sharding over this process' devices, which are the axis "data"; with no axes every device holds all."""
-    return NamedSharding(Mesh(np.array(jax.local_devices()), ("data",)), PartitionSpec(*axes))
-
-
 def stop_if_asked(stop: StopRequest, state: str) -> None:
     """Raises Stopped, saying `state`, if a signal came."""
     if stop:
         raise Stopped(stop, f"Stopped; {state}. The same command goes on from there.")
-
-
-def wait_for_all_hosts(point: str) -> None:
-    """Returns when every process has come to `point`."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(point)

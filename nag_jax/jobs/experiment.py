@@ -10,7 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -107,8 +107,8 @@ class Experiment:
         return loading.read_description(self._original_folder())
 
     def _original_folder(self) -> epath.Path:
-        folder = self.network_folder / ORIGINAL_FOLDER
-        if not folder.exists():
+        folder = original_folder(self.config, self.network_folder)
+        if folder is None:
             raise UserError(
                 "Domain Guidance needs the network that fine-tuning started from, and "
                 f"{self.network_folder} keeps none in {ORIGINAL_FOLDER}/. Leave the domain methods out of "
@@ -173,10 +173,8 @@ def open_training(config: Config, workdir: epath.PathLike) -> Experiment:
     """
     workdir = epath.Path(workdir)
     source = open_data(config.data, config.data.split)
-    original = None
-    if config.init_from:
-        kept = workdir / ORIGINAL_FOLDER
-        original = loading.read_description(kept if kept.exists() else config.init_from)
+    folder = original_folder(config, workdir)
+    original = loading.read_description(folder) if folder is not None else None
     description = loading.describe(
         config,
         num_classes=source.num_classes,
@@ -186,16 +184,31 @@ def open_training(config: Config, workdir: epath.PathLike) -> Experiment:
     )
     if original is not None:
         loading.check_fine_tuning(original, description, config.init_from)
+        if original.num_classes != description.num_classes and config.optimizer.trainable != "all":
+            raise UserError(
+                f"{config.init_from} has {original.num_classes} classes and the data have {description.num_classes}: "
+                f"the new class embeddings need training, but optimizer.trainable = {config.optimizer.trainable!r}. "
+                "Set it to 'all', or start from a network of these classes, such as the run without noise-condition dropout."
+            )
     return Experiment(config, workdir, make_mesh(config.parallel), description, workdir)
 
 
+def original_folder(config: Config, network_folder: epath.Path) -> epath.Path | None:
+    """Where the network is that training started from: kept in the work folder, at first in `init_from`, or nowhere."""
+    kept = network_folder / ORIGINAL_FOLDER
+    if (kept / loading.MODEL_FILE).exists():
+        return kept
+    return epath.Path(config.init_from) if config.init_from else None
+
+
 def open_experiment(config: Config, workdir: epath.PathLike, checkpoint: epath.PathLike) -> Experiment:
-    """Opens devices for a job on the network in the folder `checkpoint`.
+    """Opens devices for a job on the network in the folder `checkpoint`, computed as `config.model` says.
 
     Raises:
         UserError: the mesh or the network cannot be had.
     """
     description = loading.read_description(checkpoint)
+    description = dataclasses.replace(description, model=loading.computed_as(description.model, config.model))
     return Experiment(config, epath.Path(workdir), make_mesh(config.parallel), description, epath.Path(checkpoint))
 
 
@@ -222,9 +235,7 @@ def open_trained(
             "Choose another --workdir."
         )
     experiment = open_experiment(config, workdir, checkpoint)
-    if needs_data or any(method.needs_estimator for method in methods.values()):
-        _ = experiment.train_source, experiment.eval_source  # opened, and so checked, before anything long runs
-    check_sampling(experiment, methods)
+    check_sampling(experiment, methods, needs_data=needs_data)
     with Checkpoints(checkpoint / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.latest_step()
     params = loading.read_params(checkpoint, config.sampling.weights, step)
@@ -232,12 +243,20 @@ def open_trained(
     return experiment, TrainedNetwork(experiment.place(params), int(step or 0), fingerprint)
 
 
-def check_sampling(experiment: Experiment, methods: Mapping[str, Method]) -> None:
-    """Refuses, before anything long runs, what sampling would refuse.
+def check_sampling(experiment: Experiment, methods: Mapping[str, Method], *, needs_data: bool) -> None:
+    """Refuses, before anything long runs, what a job that samples would refuse.
+
+    Args:
+        experiment: config and devices.
+        methods: what is sampled with.
+        needs_data: see `open_trained`.
 
     Raises:
-        UserError: see `check_methods`; there is no autoencoder to decode with, or no original network.
+        UserError: see `check_methods`; data that are needed cannot be opened or do not belong to the network, there is
+            no autoencoder to decode with, or no original network.
     """
+    for source in data_in_use(experiment.config, methods, needs_data=needs_data):
+        getattr(experiment, source)
     original = None
     if any(method.needs_original for method in methods.values()):
         original = experiment.original_description().denoiser()
@@ -245,29 +264,42 @@ def check_sampling(experiment: Experiment, methods: Mapping[str, Method]) -> Non
     _ = experiment.decoder
 
 
+def data_in_use(config: Config, methods: Mapping[str, Method], *, needs_data: bool) -> tuple[str, ...]:
+    """The names of an Experiment's data that a job that samples reads; arguments as in `check_sampling`."""
+    if needs_data or any(method.needs_estimator for method in methods.values()):
+        return "train_source", "eval_source"
+    return ("eval_source",) if config.sampling.label_rule == "reference" else ()
+
+
 def open_data(config: DataConfig, split: str) -> Source | LatentSource:
     """Latents where the config names a folder of them, otherwise images. Raises UserError if there are none."""
     return open_latents(config, split) if config.latents else open_source(config, split)
 
 
-def describe_experiment(experiment: Experiment, mode: str, methods: Iterable[str]) -> str:
+def describe_experiment(experiment: Experiment, mode: str, methods: Mapping[str, Method], *, needs_data: bool) -> str:
     """What a job would work on, and the names of the methods that it would sample with, in a few lines."""
     config, description = experiment.config, experiment.description
     shapes = jax.eval_shape(functools.partial(init_params, description.network()), jax.random.key(0))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     mesh = " x ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items())
-    return "\n".join(
-        [
-            f"mode          {mode}",
-            f"work folder   {experiment.workdir}",
-            f"devices       {jax.devices()[0].device_kind} x{jax.device_count()} ({mesh})",
-            f"training data {experiment.train_source.fingerprint}",
-            f"held-out data {experiment.eval_source.fingerprint}",
-            f"network       {parameters:,} parameters, states of shape {description.sample_shape}",
-            f"training      {config.num_steps} steps of {config.batch_size}",
-            f"methods       {', '.join(methods)}; {config.eval.num_samples} samples each",
-        ]
-    )
+    lines = [
+        f"mode          {mode}",
+        f"work folder   {experiment.workdir}",
+        f"devices       {jax.devices()[0].device_kind} x{jax.device_count()} ({mesh})",
+        f"network       {parameters:,} parameters, states of shape {description.sample_shape}",
+    ]
+    in_use = data_in_use(config, methods, needs_data=needs_data)
+    if "train_source" in in_use:
+        lines.append(f"training data {experiment.train_source.fingerprint}")
+    if "eval_source" in in_use:
+        lines.append(f"held-out data {experiment.eval_source.fingerprint}")
+    if mode == "train":
+        start = f" from {config.init_from}" if config.init_from else ""
+        lines.append(f"training      {config.num_steps} steps of {config.batch_size}{start}")
+    else:
+        lines.append(f"checkpoint    {experiment.network_folder}")
+    lines.append(f"methods       {', '.join(methods) or 'none'}; {config.eval.num_samples} samples each")
+    return "\n".join(lines)
 
 
 def environment() -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""The feature net of a work folder's Fréchet distances: trained once on the training images, then read back."""
+"""The feature net of a work folder's Fréchet distances: a converted one, or one trained once on the training images."""
 
 from __future__ import annotations
 
 import time
 
-from nag_jax import storage
+from nag_jax import feature_nets, storage
 from nag_jax.config import to_dict
 from nag_jax.jobs.experiment import Experiment
 from nag_jax.metrics.features import FeatureNet
@@ -13,11 +13,14 @@ from nag_jax.progress import progress
 
 
 def prepare(experiment: Experiment) -> tuple[FeatureNet, float | None]:
-    """The work folder's feature net and its accuracy on held-out images.
+    """The feature net that distances are measured with, and its accuracy on held-out images where that is known.
 
-    It lies in features/ and is used again while the settings, the seed and the data are the same.
+    Without `eval.feature_net` it is a classifier that lies in features/ and is used again while the settings, the seed
+    and the data are the same.
     """
     config = experiment.config
+    if config.eval.feature_net:
+        return feature_nets.load_feature_net(config.eval.feature_net), None
     folder = experiment.workdir / "features"
     made_with = storage.as_json(
         {

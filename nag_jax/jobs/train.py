@@ -6,6 +6,7 @@ Resuming is the same command again: the newest checkpoint is restored and the da
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -34,6 +35,7 @@ from nag_jax.training.state import TrainState, init_state
 from nag_jax.training.step import jit_train_step, make_train_step, pmap_train_step
 
 PMAP_AXIS = "batch"
+CONFIG_FILE = "config.json"
 
 
 def run(config: Config, workdir: epath.Path) -> epath.Path:
@@ -44,38 +46,44 @@ def run(config: Config, workdir: epath.Path) -> epath.Path:
         TrainingDivergedError: a loss was not finite.
         Stopped: Ctrl-C or SIGTERM; the state is saved.
     """
-    # 1. The folder: it goes on only under the configuration that began it.
-    is_main = jax.process_index() == 0
-    config_file = workdir / "config.json"
-    if config_file.exists():
-        check_resume(from_config_dict(storage.read_json(config_file)), config)
+    # 1. Everything is checked before anything is written.
+    experiment = open_run(config, workdir)
 
-    # 2. Data, devices and the network's description.
+    # 2. The folder says what it is, and keeps what it starts from.
+    if config.init_from and not (workdir / ORIGINAL_FOLDER / loading.MODEL_FILE).exists():
+        keep_original(experiment)
+    if jax.process_index() == 0:
+        storage.write_json(workdir / CONFIG_FILE, to_dict(config))
+        loading.write_description(workdir, experiment.description)
+
+    # 3. The state: born sharded, or restored bit for bit. 4. The loop.
+    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        state, shardings = make_state(experiment, checkpoints)
+        first_step = int(state.step)
+        if first_step:
+            print(f"Going on at step {first_step} of {workdir}.", file=sys.stderr, flush=True)
+        state = train(experiment, checkpoints, state, shardings) if first_step < config.num_steps else state
+
+    # 5. What the trained network does, and the report.
+    return evaluate.evaluate_and_report(experiment, trained_network(experiment, state))
+
+
+def open_run(config: Config, workdir: epath.Path) -> Experiment:
+    """Opens data and devices, and checks all that the run will need; nothing is written.
+
+    Raises:
+        UserError: the folder is that of another run, the data or the network cannot be had, or sampling at the end
+            would be refused.
+    """
+    if (workdir / CONFIG_FILE).exists():
+        check_resume(from_config_dict(storage.read_json(workdir / CONFIG_FILE)), config)
     experiment = open_training(config, workdir)
     check_weights(config)
     if (workdir / loading.MODEL_FILE).exists():
         check_same_network(experiment)
-    if config.init_from and not (workdir / ORIGINAL_FOLDER / loading.MODEL_FILE).exists():
-        keep_original(experiment)
     if config.eval.methods:
-        check_sampling(experiment, evaluate.make_methods(config))
-    if is_main:
-        storage.write_json(config_file, to_dict(config))
-        loading.write_description(workdir, experiment.description)
-
-    # 3. The state: born sharded, or restored bit for bit.
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    state, shardings = make_state(experiment, checkpoints)
-    first_step = int(state.step)
-    if first_step:
-        print(f"Going on at step {first_step} of {workdir}.", file=sys.stderr, flush=True)
-
-    # 4. The loop.
-    state = train(experiment, checkpoints, state, shardings) if first_step < config.num_steps else state
-    checkpoints.close()
-
-    # 5. What the trained network does, and the report.
-    return evaluate.evaluate_and_report(experiment, trained_network(experiment, state))
+        check_sampling(experiment, evaluate.make_methods(config), needs_data=True)
+    return experiment
 
 
 def check_weights(config: Config) -> None:
@@ -182,7 +190,11 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
         # The run may have been interrupted between its checkpoint and its evaluation; a finished one is read back.
         evaluate.evaluate(experiment, trained_network(experiment, state))
         log_start = time.perf_counter()
-    with stop_on_signals() as stop, progress("training", config.num_steps, first_step) as report_progress:
+    with (
+        contextlib.closing(batches),
+        stop_on_signals() as stop,
+        progress("training", config.num_steps, first_step) as report_progress,
+    ):
         for step in range(first_step + 1, config.num_steps + 1):
             batch = next(batches)
             arrays = {name: rows for name, rows in batch.items() if name != "index"}
@@ -220,7 +232,6 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
                 log_start = time.perf_counter()
             if is_stopped:
                 break
-    batches.close()
     with stage("saving the last checkpoint"):
         checkpoints.wait()
     if writer is not None:

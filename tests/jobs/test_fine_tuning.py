@@ -91,6 +91,30 @@ def test_the_new_head_keeps_the_null_class_and_the_convention(fine_tuned: Path, 
     assert tuned.latent.encoder_hash == made_up_autoencoder().description.encoder_hash
 
 
+def test_another_start_than_the_first_is_refused(fine_tuned: Path, converted: Path, runs):
+    before = (fine_tuned / "config.json").read_bytes()
+    for start in (converted, ""):
+        arguments = ["--config=configs/finetune.py:food101,nag,smoke", f"--config.init_from={start}"]
+        _, errors = runs.finish(fine_tuned, *arguments, expect=2)
+        assert "init_from was" in errors
+    assert (fine_tuned / "config.json").read_bytes() == before
+
+
+def test_a_run_goes_on_after_a_kill_while_the_original_was_kept(converted: Path, runs, tmp_path: Path):
+    (tmp_path / "w" / "original" / "checkpoints" / "0").mkdir(parents=True)
+    arguments = ["--config=configs/finetune.py:food101,smoke", f"--config.init_from={converted}"]
+    runs.finish(tmp_path / "w", *arguments, "--config.num_steps=2", "--config.eval.methods=()")
+    kept, source = nag_jax.load(tmp_path / "w" / "original"), nag_jax.load(converted)
+    jax.tree.map(np.testing.assert_array_equal, kept.params, source.params)
+
+
+def test_the_null_path_of_other_classes_cannot_be_trained_alone(converted: Path, runs, tmp_path: Path):
+    arguments = ["--config=configs/finetune.py:food101,nag,smoke", f"--config.init_from={converted}"]
+    arguments.append("--config.optimizer.trainable=null_noise_embedding")
+    _, errors = runs.finish(tmp_path / "w", *arguments, expect=2)
+    assert "has 1000 classes and the data have 101" in errors and not (tmp_path / "w").exists()
+
+
 def test_the_null_path_alone_can_be_trained(converted: Path, runs, tmp_path: Path):
     runs.finish(
         tmp_path,
@@ -114,10 +138,14 @@ def test_a_converted_network_is_sampled_without_data(converted: Path, runs, tmp_
         "--config.data.mock_examples=0",
         "--config.sampling.label_rule=random",
     ]
-    output, _ = runs.finish(tmp_path / "w", "--config=configs/imagenet256.py:dit_xl2,smoke", *arguments)
+    config = ["--config=configs/imagenet256.py:dit_xl2,smoke", "--config.model.dtype=bfloat16"]
+    output, _ = runs.finish(tmp_path / "w", *config, *arguments, "--dry_run")
+    assert "training data" not in output and not (tmp_path / "w").exists()
+    runs.finish(tmp_path / "w", *config, *arguments)
     (folder,) = (tmp_path / "w" / "samples").iterdir()
     with np.load(folder / "samples.npz") as samples:
         assert samples["cfg"].shape == (64, 32, 32, 3) and samples["cfg"].dtype == np.uint8
+    assert json.loads((folder / "conditions.json").read_text())["dtype"] == "bfloat16"
     _, errors = runs.finish(tmp_path / "w", *arguments, expect=2)
     assert "holds a converted network, which says nothing of how to sample it. Give --config" in errors
 
@@ -130,7 +158,7 @@ def test_another_autoencoder_than_the_latents_is_refused(fine_tuned: Path, runs,
     assert "encoder_hash" in errors and "another autoencoder" in errors
 
 
-def test_domain_guidance_without_an_original_is_refused(converted: Path, runs, tmp_path: Path):
+def test_domain_guidance_without_an_original_is_refused(runs, tmp_path: Path):
     arguments = ["--config=configs/finetune.py:food101,smoke", "--config.eval.methods=('domain',)"]
     _, errors = runs.finish(tmp_path / "w", *arguments, expect=2)
     assert "Domain Guidance needs the network that fine-tuning started from" in errors

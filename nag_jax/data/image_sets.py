@@ -1,0 +1,115 @@
+"""Sets of images to be judged, as they are: an .npz of ADM's layout, or a folder of image files. Nothing is resized.
+
+These are anybody's samples and references; the data that networks train on are `sources.py`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+from numpy.typing import NDArray
+
+from nag_jax.data.images import decode_image
+from nag_jax.errors import UserError
+from nag_jax.metrics.reference import image_batches, read_reference
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+READ_BYTES = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images of one shape in a fixed order.
+
+    Attributes:
+        path: the .npz file or the folder.
+        files: names of the image files below a folder, sorted; none for an .npz file.
+        count: number of images.
+        image_shape: (H, W, 3).
+    """
+
+    path: str
+    files: tuple[str, ...]
+    count: int
+    image_shape: tuple[int, int, int]
+
+    def batches(self, batch_size: int, first: int = 0) -> Iterator[NDArray[np.uint8]]:
+        """The images from number `first` on.
+
+        Args:
+            batch_size: images a batch; the last may have fewer.
+            first: a multiple of `batch_size`.
+
+        Yields:
+            uint8 [up to batch_size, H, W, 3].
+
+        Raises:
+            UserError: a file is damaged, or an image has another shape than the first.
+        """
+        if not self.files:
+            for number, batch in enumerate(image_batches(self.path, batch_size)):
+                if number * batch_size >= first:
+                    yield batch
+            return
+        for begin in range(first, self.count, batch_size):
+            yield np.stack([self._read(name) for name in self.files[begin : begin + batch_size]])
+
+    def fingerprint(self) -> str:
+        """Content hash: SHA-256 of the .npz file, or of every image file's name and bytes. It reads everything."""
+        digest = hashlib.sha256()
+        for name in self.files or ("",):
+            digest.update(name.encode())
+            with (epath.Path(self.path) / name if name else epath.Path(self.path)).open("rb") as file:
+                while block := file.read(READ_BYTES):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def _read(self, name: str) -> NDArray[np.uint8]:
+        image = _decode(epath.Path(self.path) / name)
+        if image.shape != self.image_shape:
+            raise UserError(
+                f"{epath.Path(self.path) / name} is an image of {list(image.shape[:2])} pixels, the first one of "
+                f"{list(self.image_shape[:2])}. A metric judges images of one size: bring them to it first."
+            )
+        return image
+
+
+def open_image_set(path: epath.PathLike) -> ImageSet:
+    """Opens a set of images.
+
+    Args:
+        path: an .npz file with uint8 images [N, H, W, 3] as arr_0, or a folder of image files, below it at any depth.
+
+    Raises:
+        UserError: there is no such file, or it holds no images.
+    """
+    path = epath.Path(path)
+    if not path.is_dir():
+        shape = read_reference(path).image_shape
+        if shape is None:
+            raise UserError(f"{path} holds statistics and no images (arr_0), so it can only be a reference.")
+        return ImageSet(str(path), (), shape[0], shape[1:])
+    names = []
+    for folder, _, files in os.walk(os.fspath(path)):
+        inner = os.path.relpath(folder, os.fspath(path))
+        names += [os.path.normpath(os.path.join(inner, file)) for file in files if not file.startswith(".")]
+    images = tuple(sorted(name for name in names if name.lower().endswith(SUFFIXES)))
+    if not images:
+        raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)}). Give a folder of images or an .npz file.")
+    height, width, channels = _decode(path / images[0]).shape
+    return ImageSet(str(path), images, len(images), (height, width, channels))
+
+
+def _decode(path: epath.Path) -> NDArray[np.uint8]:
+    try:
+        image = decode_image(path.read_bytes())
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises its own, OSError and ValueError
+        raise UserError(f"{path} cannot be read as an image ({error}). Remove it or make it anew.") from error
+    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
