@@ -2,8 +2,9 @@
 
 Such a file is a zip archive: `data.pkl` holds the structure as a pickle that refers to tensors, `data/0`, `data/1`, ...
 hold their numbers. Before PyTorch 1.6 it was several pickles in a row with the numbers behind them; weights in
-circulation have that format still, and it is read too. Only the names that tensors and plain settings need are understood here; any other is refused, so
-that a hostile file can do nothing. What the tensors mean is `tables.py`'s affair.
+circulation have that format still, and it is read too. Only the names that tensors and plain settings need are
+understood here; any other is refused, so that a hostile file can do nothing. What the tensors mean is `tables.py`'s
+affair.
 """
 
 from __future__ import annotations
@@ -223,9 +224,8 @@ class _PickleRow(_WeightFile):
     def _storage_bytes(self, name: str, storage: _Storage) -> bytes:
         numbers, wanted = self._bytes.get(storage.key, b""), storage.size * storage.dtype.itemsize
         if len(numbers) != wanted:
-            raise UserError(
-                f"{self.path} is damaged: {len(numbers)} bytes of the {wanted} of tensor {name!r}. Fetch the file again."
-            )
+            found = f"{len(numbers)} bytes of the {wanted}"
+            raise UserError(f"{self.path} is damaged: {found} of tensor {name!r}. Fetch the file again.")
         return numbers
 
 
