@@ -4,13 +4,17 @@ Parity tests compare with live peers (PyTorch and friends) that are installed on
 they skip and the summary counts them; under continuous integration on 3.11 a skipped one is a failure.
 """
 
+import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
 
@@ -36,6 +40,51 @@ def torch_dit() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class _Mocks(ModuleType):
+    """A module in which everything that is asked for is a mock."""
+
+    __version__ = "0.0.0"
+
+    def __getattr__(self, name: str) -> mock.MagicMock:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return mock.MagicMock()
+
+
+class _StandInForTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds `_Mocks` under every name of torchvision."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        is_torchvision = name.partition(".")[0] == "torchvision"
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if is_torchvision else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Mocks(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """A mock has nothing to run."""
+
+
+@pytest.fixture(scope="session")
+def import_peer() -> Callable[[str], ModuleType]:
+    """Imports a module of a peer that asks for torchvision, which no test uses and the peers come without."""
+
+    def import_(name: str) -> ModuleType:
+        pytest.importorskip("torch")
+        if importlib.util.find_spec(name.partition(".")[0]) is None:
+            pytest.skip(f"{name} is not installed")
+        finder = _StandInForTorchvision()
+        sys.meta_path.insert(0, finder)
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.meta_path.remove(finder)
+            for module in [each for each in sys.modules if each.partition(".")[0] == "torchvision"]:
+                del sys.modules[module]
+
+    return import_
 
 
 class ParitySkips:

@@ -32,5 +32,5 @@ def check_tensors(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tupl
 def missing_tensor(source: str, name: str, candidates: Iterable[str]) -> str:
     """The message that a tensor is missing, with the nearest of the names that are there."""
     nearest = difflib.get_close_matches(name, list(candidates), n=1)
-    hint = f" The nearest name there is {nearest[0]}." if nearest else " Is it the state dict of a DiT or SiT?"
+    hint = f" The nearest name there is {nearest[0]}." if nearest else " Is it the state dict of another network?"
     return f"{source}: tensor {name} is missing.{hint}"

@@ -1,8 +1,10 @@
 """PyTorch weight files (.pt, .pth, .bin) read and written without PyTorch, and without running what a pickle asks for.
 
 Such a file is a zip archive: `data.pkl` holds the structure as a pickle that refers to tensors, `data/0`, `data/1`, ...
-hold their numbers. Only the names that tensors and plain settings need are understood here; any other is refused, so
-that a hostile file can do nothing. What the tensors mean is `tables.py`'s affair.
+hold their numbers. Before PyTorch 1.6 it was several pickles in a row with the numbers behind them; weights in
+circulation have that format still, and it is read too. Only the names that tensors and plain settings need are
+understood here; any other is refused, so that a hostile file can do nothing. What the tensors mean is `tables.py`'s
+affair.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ STORAGES: dict[str, np.dtype[Any]] = {
 }
 LARGEST_TENSOR = 2**40  # elements; a view may have more of them than its storage
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that a file of torch before 1.6 starts with
+_LEGACY_VERSION = 1001
 
 
 def state_dict(path: epath.PathLike, weights: Weights = "ema") -> dict[str, np.ndarray]:
@@ -53,8 +56,8 @@ def state_dict(path: epath.PathLike, weights: Weights = "ema") -> dict[str, np.n
     Raises:
         UserError: the file is missing, damaged, of another kind, or refers to something else than tensors.
     """
-    with _Archive(path) as archive:
-        content = archive.content
+    with _open(path) as file:
+        content = file.content
         if not _is_state_dict(content):
             found = sorted(str(key) for key in content) if isinstance(content, dict) else []
             if weights not in found:
@@ -64,7 +67,7 @@ def state_dict(path: epath.PathLike, weights: Weights = "ema") -> dict[str, np.n
             content = content[weights]
         if not _is_state_dict(content):
             raise UserError(f"{path} holds no tensors by name where its weights should be; it is no state dict.")
-        return {name: archive.array(name, tensor) for name, tensor in content.items()}
+        return {name: file.array(name, tensor) for name, tensor in content.items()}
 
 
 def settings(path: epath.PathLike) -> dict[str, Any]:
@@ -72,8 +75,8 @@ def settings(path: epath.PathLike) -> dict[str, Any]:
 
     Raises UserError as `state_dict` does.
     """
-    with _Archive(path) as archive:
-        arguments = archive.content.get("args") if isinstance(archive.content, dict) else None
+    with _open(path) as file:
+        arguments = file.content.get("args") if isinstance(file.content, dict) else None
         return dict(arguments if isinstance(arguments, dict) else getattr(arguments, "__dict__", {}))
 
 
@@ -111,31 +114,20 @@ class _Tensor(NamedTuple):
     strides: Any
 
 
-class _Archive:
+class _WeightFile:
     """An open weight file: its structure, with `_Tensor` where tensors are, and the arrays on demand."""
 
-    def __init__(self, path: epath.PathLike) -> None:
-        self.path = path
-        self._bytes: dict[str, bytes] = {}
-        self._zip = _open_zip(path)
-        try:
-            members = [name for name in self._zip.namelist() if name.endswith("data.pkl") and name.count("/") == 1]
-            if len(members) != 1:
-                raise UserError(f"{path} is an archive, but not one that PyTorch writes: it has no data.pkl.")
-            self._root = members[0].removesuffix("data.pkl")
-            byte_order = f"{self._root}byteorder"
-            if byte_order in self._zip.namelist() and self._member(byte_order) != b"little":
-                raise UserError(f"{path} was written on a big-endian machine. Load and save it with torch once.")
-            self.content = self._load()
-        except BaseException:
-            self._zip.close()
-            raise
+    path: epath.PathLike
+    content: Any
 
-    def __enter__(self) -> _Archive:
+    def __enter__(self) -> _WeightFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._zip.close()
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the file, if it is held open."""
 
     def array(self, name: str, tensor: _Tensor) -> np.ndarray:
         """The numbers of a tensor, read-only where they are contiguous. Raises UserError if they are not all there."""
@@ -152,6 +144,34 @@ class _Archive:
             return np.zeros(shape, storage.dtype)
         steps = [stride * storage.dtype.itemsize for stride in strides]
         return np.lib.stride_tricks.as_strided(flat[offset:end], shape, steps, writeable=False)
+    def _storage_bytes(self, name: str, storage: _Storage) -> bytes:
+        """The numbers of a storage, as many bytes as it has. Raises UserError if they are not all there."""
+        raise NotImplementedError
+
+
+class _Archive(_WeightFile):
+    """The format since PyTorch 1.6, a zip archive."""
+
+    def __init__(self, path: epath.PathLike) -> None:
+        self.path = path
+        self._bytes: dict[str, bytes] = {}
+        self._zip = _open_zip(path)
+        try:
+            members = [name for name in self._zip.namelist() if name.endswith("data.pkl") and name.count("/") == 1]
+            if len(members) != 1:
+                raise UserError(f"{path} is an archive, but not one that PyTorch writes: it has no data.pkl.")
+            self._root = members[0].removesuffix("data.pkl")
+            byte_order = f"{self._root}byteorder"
+            if byte_order in self._zip.namelist() and self._member(byte_order) != b"little":
+                raise UserError(f"{path} was written on a big-endian machine. Load and save it with torch once.")
+            content = io.BytesIO(self._member(f"{self._root}data.pkl"))
+            self.content = _load_pickle(_Unpickler(content, path), path)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._zip.close()
 
     def _storage_bytes(self, name: str, storage: _Storage) -> bytes:
         if storage.key not in self._bytes:
@@ -176,15 +196,37 @@ class _Archive:
                 f"{self.path} is damaged: {name} cannot be read ({error}). Fetch the file again."
             ) from error
 
-    def _load(self) -> Any:
-        content = self._member(f"{self._root}data.pkl")
-        try:
-            return _Unpickler(content, self.path).load()
-        except UserError:
-            raise
-        except Exception as error:  # A pickle that is not well-formed fails in any way that Python can.
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{self.path} is damaged: its data.pkl cannot be read ({reason}).") from error
+
+class _PickleRow(_WeightFile):
+    """The format before PyTorch 1.6.
+
+    Five pickles (a number that marks the format, its version, facts about the machine, the structure, the keys of the
+    storages) and for every key the count of its numbers as int64 and the numbers.
+    """
+
+    def __init__(self, path: epath.PathLike) -> None:
+        self.path = path
+        stream = io.BytesIO(epath.Path(path).read_bytes())
+        unpicklers = [_Unpickler(stream, path) for _ in range(5)]
+        _, version, machine, self.content, keys = (_load_pickle(unpickler, path) for unpickler in unpicklers)
+        if version != _LEGACY_VERSION or not isinstance(machine, dict) or machine.get("little_endian") is not True:
+            raise UserError(f"{path} has a format that PyTorch left long ago. Load and save it with torch once.")
+        storages = unpicklers[3].storages
+        if not isinstance(keys, list) or not all(type(key) is str and key in storages for key in keys):
+            raise UserError(f"{path} is damaged: it has numbers of tensors that it does not name. Fetch it again.")
+        self._bytes: dict[str, bytes] = {}
+        for key in keys:
+            count = int.from_bytes(stream.read(8), "little", signed=True)
+            if count != storages[key].size:
+                raise UserError(f"{path} is damaged: {count} numbers where {storages[key].size} are said to be.")
+            self._bytes[key] = stream.read(count * storages[key].dtype.itemsize)
+
+    def _storage_bytes(self, name: str, storage: _Storage) -> bytes:
+        numbers, wanted = self._bytes.get(storage.key, b""), storage.size * storage.dtype.itemsize
+        if len(numbers) != wanted:
+            found = f"{len(numbers)} bytes of the {wanted}"
+            raise UserError(f"{self.path} is damaged: {found} of tensor {name!r}. Fetch the file again.")
+        return numbers
 
 
 class _Unpickler(pickle.Unpickler):
@@ -193,9 +235,10 @@ class _Unpickler(pickle.Unpickler):
     They stand for functions and classes made anew for each file: a pickle may set attributes on what it names.
     """
 
-    def __init__(self, content: bytes, path: epath.PathLike) -> None:
-        super().__init__(io.BytesIO(content))
+    def __init__(self, stream: io.BytesIO, path: epath.PathLike) -> None:
+        super().__init__(stream)
         self._path = path
+        self.storages: dict[str, _Storage] = {}  # what was referred to
 
         class Settings:
             """Stands for argparse.Namespace; holds attributes and can do nothing."""
@@ -227,30 +270,46 @@ class _Unpickler(pickle.Unpickler):
         return self._known[full_name]
 
     def persistent_load(self, identifier: Any, /) -> _Storage:
-        kind, storage, key, _, size = identifier
+        kind, storage, key, _, size, *view = identifier
+        if view not in ([], [None]):
+            raise pickle.UnpicklingError("a storage that is part of another, as PyTorch before 0.4 wrote it")
         if kind != "storage" or storage not in STORAGES or type(key) is not str or type(size) is not int:
             raise pickle.UnpicklingError(f"unknown reference {identifier!r}")
-        return _Storage(key, STORAGES[storage], size)
+        self.storages[key] = _Storage(key, STORAGES[storage], size)
+        return self.storages[key]
 
 
-def _open_zip(path: epath.PathLike) -> zipfile.ZipFile:
+def _load_pickle(unpickler: _Unpickler, path: epath.PathLike) -> Any:
+    try:
+        return unpickler.load()
+    except UserError:
+        raise
+    except Exception as error:  # A pickle that is not well-formed fails in any way that Python can.
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is damaged: its structure cannot be read ({reason}). Fetch the file again.") from error
+
+
+def _open(path: epath.PathLike) -> _WeightFile:
+    """Opens a weight file of either format. Raises UserError if it is neither."""
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a weight file of PyTorch (.pt, .pth or .bin).")
     if path.is_dir():
         raise UserError(f"{path} is a folder. Give a weight file of PyTorch (.pt, .pth or .bin).")
-    file = path.open("rb")
-    start = file.read(len(_LEGACY_MAGIC))
+    with path.open("rb") as file:
+        start = file.read(len(_LEGACY_MAGIC))
+    return _PickleRow(path) if start == _LEGACY_MAGIC else _Archive(path)
+
+
+def _open_zip(path: epath.PathLike) -> zipfile.ZipFile:
+    file = epath.Path(path).open("rb")
+    start = file.read(4)
     file.seek(0)
     try:
         return zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
         file.close()
-        if start == _LEGACY_MAGIC:
-            raise UserError(
-                f"{path} has the format of PyTorch before 1.6. Load it with torch and save its state dict again."
-            ) from error
-        if start.startswith(b"PK\x03\x04"):
+        if start == b"PK\x03\x04":
             raise UserError(f"{path} is cut short or damaged: its end is missing. Fetch the file again.") from error
         raise UserError(f"{path} is no weight file of PyTorch. Give a .pt, .pth or .bin file.") from error
 

@@ -128,7 +128,7 @@ def renamed(tensors, old, new):
         (lambda t: t | {"pos_embed": t["pos_embed"][:, :15]}, "no square of tokens"),
         (lambda t: t | {"pos_embed": t["pos_embed"][0]}, "3 axes"),
         (lambda t: t | {"final_layer.linear.weight": np.zeros((48, 32), np.float32)}, "3 times the input's channels"),
-        (lambda t: {"weight": t["pos_embed"]}, "state dict of a DiT or SiT?"),
+        (lambda t: {"weight": t["pos_embed"]}, "state dict of another network?"),
     ],
 )
 def test_a_wrong_state_dict_is_named(official, change, words):

@@ -75,6 +75,41 @@ def test_every_dtype_stride_offset_and_shared_storage(tmp_path: Path):
 
 
 @pytest.mark.parity
+def test_files_from_before_torch_1_6_and_every_damage_to_one(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    count, half = torch.tensor(7), base.to(torch.float16)
+    state = OrderedDict({"base": base, "part": base[1:3, ::2], "count": count, "half": half, "no": base[:0]})
+    file = tmp_path / "w.pth"
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    assert_same(torch_file.state_dict(file), {name: value.numpy() for name, value in state.items()})
+    torch.save({"ema": state, "args": argparse.Namespace(depth=2)}, file, _use_new_zipfile_serialization=False)
+    assert_same(torch_file.state_dict(file), {name: value.numpy() for name, value in state.items()})
+    assert torch_file.settings(file) == {"depth": 2}
+
+    whole = file.read_bytes()
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="damaged|no weight file"):
+            torch_file.state_dict(file)
+
+
+@pytest.mark.parametrize("hostile", [0, 1, 2, 3, 4])
+def test_nothing_that_a_file_from_before_torch_1_6_asks_for_is_run(tmp_path: Path, hostile):
+    made = tmp_path / "made"
+    machine = {"protocol_version": 1001, "little_endian": True}
+    row: list[Any] = [0x1950A86A20F9469CFC6C, 1001, machine, {}, []]
+    if hostile:
+        row[hostile] = Hostile(os.system, f"touch {made}")
+    else:
+        row[3] = {"a": Hostile(os.system, f"touch {made}")}
+    (tmp_path / "w.pth").write_bytes(b"".join(pickle.dumps(each, protocol=2) for each in row))
+    with pytest.raises(UserError, match=r"\w+\.system"):
+        torch_file.state_dict(tmp_path / "w.pth")
+    assert not made.exists()
+
+
+@pytest.mark.parity
 def test_the_average_of_a_training_checkpoint_is_the_default(tmp_path: Path):
     torch = pytest.importorskip("torch")
     network = torch.nn.Linear(2, 3)
@@ -149,7 +184,7 @@ def test_attributes_of_what_a_file_names_do_not_outlive_it(tmp_path: Path):
         (b"\x89PNG\r\n\x1a\n" + bytes(100), "no weight file of PyTorch"),
         (b"hello\n", "no weight file of PyTorch"),
         (b"", "no weight file of PyTorch"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(50), "before 1.6"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(50), "structure cannot be read"),
     ],
 )
 def test_another_kind_of_file_is_named(tmp_path: Path, content, words):
@@ -199,5 +234,5 @@ def test_tensors_that_do_not_fit_their_numbers_are_refused(tmp_path: Path):
     ).replace(struct.pack("<i", 3) + b"J" + struct.pack("<i", 1), bytes(4) + b"J" + bytes(4))
     with pytest.raises(UserError, match=r"'a' has no sensible shape"):
         torch_file.state_dict(archive(tmp_path / "w.pt", huge, **{"0": bytes(24)}))
-    with pytest.raises(UserError, match="data.pkl cannot be read"):
+    with pytest.raises(UserError, match="structure cannot be read"):
         torch_file.state_dict(archive(tmp_path / "w.pt", content[:-40]))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nag_jax.errors import UserError
-from nag_jax.metrics.features import FeatureNet, features
+from nag_jax.metrics.features import FID_NETWORK, FeatureNet, features, from_function, tapped_features
 from nag_jax.params_hash import params_hash
 
 
@@ -74,3 +74,45 @@ def test_fingerprint_depends_on_content_alone():
         {"x": {"a": np.nextafter(a, 9)}, "b": b},
     ):
         assert params_hash(other) != base
+
+
+def tapped_net() -> FeatureNet:
+    def apply_taps(params, images):
+        flat = images.reshape(len(images), -1)
+        return {"one": jnp.cos(flat @ params["w"]), "two": flat[:, :2], "three": flat[:, :3]}
+
+    net = tiny_net()
+    taps = {"one": 5, "two": 2, "three": 3}
+    return FeatureNet("tapped", net.apply, net.params, 5, net.fingerprint, taps, apply_taps)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_taps_come_from_one_pass_and_equal_the_features(batch_size):
+    net, images = tapped_net(), some_images(10)
+    taps = tapped_features(net, images, ["one", "three"], batch_size)
+    assert list(taps) == ["one", "three"]
+    np.testing.assert_allclose(taps["one"], features(net, images, batch_size), atol=1e-6)
+    np.testing.assert_array_equal(taps["three"], images.reshape(10, -1)[:, :3])
+    assert tapped_features(net, images[:0], ["two"])["two"].shape == (0, 2)
+
+
+def test_unknown_taps_are_named():
+    with pytest.raises(UserError, match="tapped has no tap four. It has: one, two, three"):
+        tapped_features(tapped_net(), some_images(1), ["one", "four"])
+    with pytest.raises(UserError, match="tiny has no tap one. It has: none"):
+        tapped_features(tiny_net(), some_images(1), ["one"])
+
+
+def test_a_users_own_function_is_a_feature_net_but_never_fid():
+    net = from_function("means", lambda images: images.mean(axis=(1, 2)), 3, fingerprint="1.0")
+    images = some_images(5)
+    np.testing.assert_allclose(features(net, images, 2), images.mean(axis=(1, 2)), atol=1e-6)
+    assert net.distance_label == "Fréchet distance on means features" and net.fingerprint == "1.0"
+    with pytest.raises(UserError, match="FID's network"):
+        from_function(FID_NETWORK, lambda images: images, 3, fingerprint="1.0")
+
+
+def test_another_dimension_than_promised_is_named():
+    net = from_function("means", lambda images: images.mean(axis=(1, 2)), 4, fingerprint="1.0")
+    with pytest.raises(UserError, match=r"means answers \[3\] numbers for an image; its dimension is 4"):
+        features(net, some_images(2), 2)
