@@ -188,7 +188,7 @@ def open_training(config: Config, workdir: epath.PathLike) -> Experiment:
             raise UserError(
                 f"{config.init_from} has {original.num_classes} classes and the data have {description.num_classes}: "
                 f"the new class embeddings need training, but optimizer.trainable = {config.optimizer.trainable!r}. "
-                "Set it to 'all', or start from a network of these classes, such as the run without noise-condition dropout."
+                "Set it to 'all', or start from a network of these classes, such as the control's."
             )
     return Experiment(config, workdir, make_mesh(config.parallel), description, workdir)
 
