@@ -75,7 +75,7 @@ def load_feature_net(folder: epath.PathLike) -> FeatureNet:
     if not (folder / FEATURE_NET_FILE).exists():
         raise UserError(
             f"{folder} holds no feature net: it has no {FEATURE_NET_FILE}. Make the folder from a weight file with "
-            f"python -m nag_jax.convert SOURCE {folder}"
+            f"python -m nag_jax.convert SOURCE {folder} --kind=features"
         )
     file = folder / FEATURE_NET_FILE
     description = from_section(FeatureNetDescription, storage.read_json(file), str(file))

@@ -38,7 +38,7 @@ def test_what_is_written_is_read(folder: Path):
 
 
 def test_folders_without_and_with_other_content_are_named(folder: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="holds no feature net.*nag_jax.convert"):
+    with pytest.raises(UserError, match="holds no feature net.*nag_jax.convert SOURCE .* --kind=features"):
         load_feature_net(tmp_path)
 
     description = json.loads((folder / FEATURE_NET_FILE).read_text())
