@@ -36,7 +36,7 @@ PIPELINE_PARTS: dict[str, Part | None] = {
     "dit": "network",
     "sit": "network",
     "vae": "autoencoder",
-    "feature_net": None,
+    "features": None,
 }
 
 
@@ -80,7 +80,7 @@ def import_weights(given: argparse.Namespace) -> str:
         raise UserError("--keep_null_noise goes with --to; a null noise embedding is always read.")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} exists already. Choose another folder, or delete it.")
-    if given.kind == "feature_net" or epath.Path(given.source).suffix == ".pb":
+    if given.kind == "features" or epath.Path(given.source).suffix == ".pb":
         return _import_feature_net(given, target)
     source = read_source(given.source, weights=given.weights, part=PIPELINE_PARTS[given.kind])
     if given.kind == "auto" and source.layout == "feature net":
