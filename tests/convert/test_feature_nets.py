@@ -13,6 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from nag_jax.convert import feature_nets, torch_file
+from nag_jax.convert.__main__ import main
 from nag_jax.convert.feature_nets import export_params, graph_table, import_feature_net, import_params, torch_table
 from nag_jax.errors import UserError
 from nag_jax.feature_nets import NETWORKS, load_feature_net
@@ -166,3 +167,13 @@ def test_counts_of_batches_and_the_second_head_change_nothing(tmp_path: Path):
     torch_file.write_state_dict(tmp_path / "b.pth", state | {"_bn0.num_batches_tracked": np.float32(3)})
     plain, counted = (import_feature_net(tmp_path / f"{name}.pth", tmp_path / name) for name in "ab")
     assert plain.fingerprint == counted.fingerprint and plain.source_hash != counted.source_hash
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_command_knows_a_feature_net_by_its_names(network: str, tmp_path: Path, capsys):
+    torch_file.write_state_dict(tmp_path / "weights.pth", random_state(network))
+    assert main([str(tmp_path / "weights.pth"), str(tmp_path / "net")]) == 0
+    assert f"feature net {network}" in capsys.readouterr().out
+    assert load_feature_net(tmp_path / "net").name == network
+    assert main([str(tmp_path / "weights.pth"), str(tmp_path / "other"), "--num_heads=2"]) == 2
+    assert "--num_heads is for other weights" in capsys.readouterr().err
