@@ -163,6 +163,8 @@ def write_network(folder: epath.PathLike, description: ModelDescription, params:
         NagJaxError: it cannot be written.
     """
     folder = epath.Path(folder)
+    if (folder / "checkpoints").exists() and not (folder / MODEL_FILE).exists():
+        (folder / "checkpoints").rmtree()  # what a killed writing left
     state = TrainState(
         step=jnp.zeros((), jnp.int32), params=params, opt_state=(), ema={"ema": params}, frozen={}
     )

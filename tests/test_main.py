@@ -45,7 +45,7 @@ def test_help_says_what_it_does_and_how():
         (["--mode=encode"], "--mode=encode has no --checkpoint and no --workdir"),
         (["--config", "configs/none.py"], "There is no config file configs/none.py"),
         (["--config.batch_size=0.5"], "batch_size"),
-        (["--mode=evaluate", "--checkpoint=nowhere"], "nowhere is no folder of a trained network"),
+        (["--mode=evaluate", "--checkpoint=nowhere"], "nowhere is no folder of a network"),
     ],
 )
 def test_a_users_mistake_gives_one_sentence_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path):

@@ -41,7 +41,8 @@ def test_there_and_back_is_bit_identical(weights: Path, official, tmp_path: Path
     assert main([str(folder), str(tmp_path / "kept.pt"), "--to=sit", "--keep_null_noise", "--weights=model"]) == 0
     kept = torch_file.state_dict(tmp_path / "kept.pt")
     np.testing.assert_array_equal(kept["null_noise_embedding"], nag_jax.load(folder).params["null_noise_embedding"])
-    assert capsys.readouterr().out.splitlines()[-1] == f"written: {tmp_path / 'kept.pt'} (official sit)"
+    said = f"written: {tmp_path / 'kept.pt'} (official sit, with the null noise embedding)"
+    assert capsys.readouterr().out.splitlines()[-1] == said
 
     denoiser = nag_jax.load(folder)
     assert denoiser.prediction == "velocity" and denoiser.process.name == "linear"

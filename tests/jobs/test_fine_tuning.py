@@ -101,7 +101,7 @@ def test_another_start_than_the_first_is_refused(fine_tuned: Path, converted: Pa
 
 
 def test_a_run_goes_on_after_a_kill_while_the_original_was_kept(converted: Path, runs, tmp_path: Path):
-    (tmp_path / "w" / "original" / "checkpoints" / "0").mkdir(parents=True)
+    (tmp_path / "w" / "original" / "checkpoints" / "0").mkdir(parents=True)  # what the kill left
     arguments = ["--config=configs/finetune.py:food101,smoke", f"--config.init_from={converted}"]
     runs.finish(tmp_path / "w", *arguments, "--config.num_steps=2", "--config.eval.methods=()")
     kept, source = nag_jax.load(tmp_path / "w" / "original"), nag_jax.load(converted)
