@@ -109,6 +109,8 @@ class EvalConfig:
         save_samples: also write the samples as samples.npz.
         feature_net: folder of a converted feature net (FID's Inception, EfficientNet-Lite0), for the distances; "" for
             a classifier that is trained on the training data, and is of no use for `--samples`.
+        reference: what distances are measured to: an .npz of statistics such as ADM's, or images (.npz or a folder); ""
+            for held-out images, at most num_reference.
         inception_score_order: of the images that are split in ten: "shuffled", or "as_given" as ADM's evaluator does.
     """
 
@@ -121,6 +123,7 @@ class EvalConfig:
     num_resamples: int = 200
     save_samples: bool = False
     feature_net: str = ""
+    reference: str = ""
     inception_score_order: Literal["shuffled", "as_given"] = "shuffled"
 
     def __post_init__(self) -> None:
@@ -132,7 +135,8 @@ class NoiseShiftConfig:
     """How the noise shift is measured.
 
     Attributes:
-        times: times at which states are judged; the nearest step of the sampler counts.
+        times: times at which states are judged; the nearest step of the sampler counts. Without any, an evaluation
+            leaves the noise shift out.
         num_forward: held-out states per time that the sampled ones are compared with.
     """
 
@@ -141,8 +145,8 @@ class NoiseShiftConfig:
 
     def __post_init__(self) -> None:
         _check_at_least("noise_shift", self, num_forward=2)
-        if not self.times or not all(0.0 < t <= 1.0 for t in self.times):
-            raise UserError(f"noise_shift.times = {self.times} must be times in (0, 1], at least one.")
+        if not all(0.0 < t <= 1.0 for t in self.times):
+            raise UserError(f"noise_shift.times = {self.times} must be times in (0, 1].")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,15 +37,20 @@ _FLOOR_SPAN: dict[str, Any] = {"color": MUTED, "alpha": 0.18, "linewidth": 0}
 _GAP, _BLOCK_GAP, _MARGIN, _TITLE_HEIGHT, _LABEL_WIDTH = 2, 28, 12, 44, 40
 
 
-def sample_grid(samples: Mapping[str, tuple[np.ndarray, np.ndarray]], num_classes: int, per_class: int = 6) -> bytes:
+def shown_samples(labels: np.ndarray, per_class: int) -> np.ndarray:
+    """The indices [K] of the samples that `sample_grid` shows: the first of each of the lowest classes in `labels`."""
+    classes = np.unique(labels)[:MAX_GRID_CLASSES]
+    return np.sort(np.concatenate([np.flatnonzero(labels == each)[:per_class] for each in classes]))
+
+
+def sample_grid(samples: Mapping[str, tuple[np.ndarray, np.ndarray]], per_class: int = 6) -> bytes:
     """Samples of several methods: a block for each method, a row for each class.
 
     Sample i of every method was made from the same noise and label, so the same place in two blocks shows what a method
     changed. Images are enlarged by a whole factor without smoothing, or shrunk by one if they are large.
 
     Args:
-        samples: method -> (uint8 images [N, H, W, 1 or 3], integer labels [N]).
-        num_classes: classes of the data; only the first 10 are shown.
+        samples: method -> (uint8 images [N, H, W, 1 or 3], integer labels [N]). The 10 lowest classes are shown.
         per_class: images of a class in each block; places without an image stay empty.
 
     Returns:
@@ -66,8 +71,8 @@ def sample_grid(samples: Mapping[str, tuple[np.ndarray, np.ndarray]], num_classe
         if not np.array_equal(its_labels, labels):
             raise UserError(f"Sample grid: the labels of {method!r} differ from the first method's; use the same.")
 
-    rows = min(num_classes, MAX_GRID_CLASSES)
-    blocks = [_block(images, labels, rows, per_class) for images, _ in samples.values()]
+    classes = np.unique(labels)[:MAX_GRID_CLASSES]
+    blocks = [_block(images, labels, classes, per_class) for images, _ in samples.values()]
     width = _LABEL_WIDTH + sum(block.shape[1] + _BLOCK_GAP for block in blocks) - _BLOCK_GAP + _MARGIN
     height = _TITLE_HEIGHT + blocks[0].shape[0] + _MARGIN
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
@@ -77,20 +82,20 @@ def sample_grid(samples: Mapping[str, tuple[np.ndarray, np.ndarray]], num_classe
         middle = (left + block.shape[1] / 2) / width
         figure.text(middle, 1 - _TITLE_HEIGHT / 2 / height, method, ha="center", va="center", size=11, color=INK)
         left += block.shape[1] + _BLOCK_GAP
-    row_height = (blocks[0].shape[0] + _GAP) / rows
-    for row in range(rows):
+    row_height = (blocks[0].shape[0] + _GAP) / len(classes)
+    for row, label in enumerate(classes):
         y = 1 - (_TITLE_HEIGHT + (row + 0.5) * row_height) / height
-        figure.text(_LABEL_WIDTH / 2 / width, y, str(row), ha="center", va="center", size=9, color=MUTED)
+        figure.text(_LABEL_WIDTH / 2 / width, y, str(label), ha="center", va="center", size=9, color=MUTED)
     return _png(figure)
 
 
-def _block(images: np.ndarray, labels: np.ndarray, rows: int, per_class: int) -> np.ndarray:
+def _block(images: np.ndarray, labels: np.ndarray, classes: np.ndarray, per_class: int) -> np.ndarray:
     """One method's images on white, uint8 RGB [height, width, 3]."""
     first = _resized(images[0])
     cell_height, cell_width = first.shape[0] + _GAP, first.shape[1] + _GAP
-    block = np.full((rows * cell_height - _GAP, per_class * cell_width - _GAP, 3), 255, np.uint8)
-    for row in range(rows):
-        for column, index in enumerate(np.flatnonzero(np.asarray(labels) == row)[:per_class]):
+    block = np.full((len(classes) * cell_height - _GAP, per_class * cell_width - _GAP, 3), 255, np.uint8)
+    for row, label in enumerate(classes):
+        for column, index in enumerate(np.flatnonzero(labels == label)[:per_class]):
             image = _resized(images[index])
             top, left = row * cell_height, column * cell_width
             block[top : top + image.shape[0], left : left + image.shape[1]] = image

@@ -54,6 +54,8 @@ def _floor_sentences(metrics: Mapping[str, Any], measured: Mapping[str, float]) 
     best = min(measured, key=lambda name: measured[name])
     real = floor["frechet_distance"]
     start = f"Two sets of real images are {number(real)} apart"
+    if not floor.get("interval"):
+        return [f"{start}; the closest method, {best}, is at {number(measured[best])}, both without intervals."]
     if not _are_apart(metrics["methods"][best].get("interval"), floor.get("interval")):
         return [f"{start}, and the interval of the closest method, {best}, overlaps with theirs."]
     if measured[best] < real:

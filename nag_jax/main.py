@@ -85,6 +85,7 @@ def main(arguments: list[str]) -> None:
     from nag_jax.config import from_config_dict, to_dict
     from nag_jax.jobs import compare, evaluate, noise_shift, sample, train
     from nag_jax.jobs.experiment import check_sampling, describe_experiment, open_experiment
+    from nag_jax.jobs.results import check_judge
 
     default = CHECKPOINT.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = epath.Path(WORKDIR.value or default)
@@ -93,12 +94,14 @@ def main(arguments: list[str]) -> None:
     config = from_config_dict(CONFIG.value) if is_training else config_of_trained(checkpoint)
     if DRY_RUN.value:
         methods = (compare if MODE.value == "compare" else evaluate).make_methods(config)
-        needs_data = MODE.value != "sample"
+        needs_data = evaluate.needs_data(config) if MODE.value in ("train", "evaluate") else MODE.value != "sample"
         if is_training:
             experiment = train.open_run(config, workdir)
         else:
             experiment = open_experiment(config, workdir, checkpoint)
             check_sampling(experiment, methods, needs_data=needs_data)
+            if MODE.value in ("evaluate", "compare"):
+                check_judge(config)
         print(json.dumps(to_dict(config), indent=2))
         print(describe_experiment(experiment, MODE.value, methods, needs_data=needs_data))
     elif is_training:

@@ -175,6 +175,12 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
     return slice(pieces[0][0], pieces[-1][1])
 
 
+def local_part(array: jax.Array) -> np.ndarray:
+    """The rows of an array split by `batch_sharding` that are this process', in order: those of `local_rows`."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[first]) for first in sorted(shards)])
+
+
 def shard_batch(mesh: Mesh, host_batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts this process' rows of a batch on its devices.
 

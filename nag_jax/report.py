@@ -7,7 +7,7 @@ Nothing is measured here: a finished folder rebuilds its report at any time. The
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from etils import epath
 
@@ -33,6 +33,19 @@ from nag_jax.findings import (
 )
 from nag_jax.html_page import Html, details, document, element, escaped, image, paragraph, section, side_by_side, table
 from nag_jax.metric_writer import read_metrics
+
+# The title of a metric, and where it stands in a method's entry of metrics.json.
+OTHER_METRICS: dict[str, Callable[[Json], float | None]] = {
+    "limit of the distance": lambda result: (result.get("curve") or {}).get("limit"),
+    "sFID": lambda result: (result.get("spatial_frechet_distance") or {}).get("value"),
+    "Inception Score": lambda result: (result.get("inception_score") or {}).get("mean"),
+    "precision": lambda result: result.get("precision"),
+    "recall": lambda result: result.get("recall"),
+    "density": lambda result: result.get("density"),
+    "coverage": lambda result: result.get("coverage"),
+    "KID": lambda result: 1000 * result["kernel_distance"]["mean"] if result.get("kernel_distance") else None,
+}
+HELD_OUT = "held-out images"
 
 
 def write_report(workdir: epath.PathLike, evaluation: epath.PathLike | None = None) -> epath.Path:
@@ -147,8 +160,8 @@ def _distances(evaluation: Evaluation | None) -> Html:
     about = (
         f"The Fréchet distance compares the mean and covariance of {_count(features.get('dimension'))} features, those "
         f"of “{features['name']}”{known}, between {_count(metrics.get('num_samples'))} samples of a method and "
-        f"{_count(metrics.get('num_reference'))} held-out images. Fewer images make it larger, so it compares only "
-        "with distances on the same features and counts."
+        f"{_reference(metrics)}. Fewer images make it larger, so it compares only with distances on the same features "
+        "and counts."
     )
     figure = image(
         figures.frechet_figure(metrics),
@@ -181,7 +194,39 @@ def _distances(evaluation: Evaluation | None) -> Html:
     if floor:
         sizes = f"{_count(floor.get('num_a'))} against {_count(floor.get('num_b'))}"
         note += f" Real against real: {floor.get('description', 'two sets of real images')} ({sizes})."
-    return section(title, paragraph(about), figure, compared, paragraph(note, "note soft"))
+    has_intervals = any(result.get("interval") for result in metrics["methods"].values())
+    notes = [paragraph(note, "note soft")] if has_intervals else []
+    return section(title, paragraph(about), figure, compared, *notes, *_other_metrics(metrics))
+
+
+def _reference(metrics: Json) -> str:
+    """What distances are measured to."""
+    if metrics.get("reference", HELD_OUT) == HELD_OUT:
+        return f"{_count(metrics.get('num_reference'))} held-out images"
+    return f"{_count(metrics.get('num_reference'))} images of {metrics['reference']}"
+
+
+def _other_metrics(metrics: Json) -> list[Html]:
+    """A table of the metrics that an evaluation has besides the distance; nothing where it has none."""
+    methods = metrics["methods"]
+    columns = {
+        title: read
+        for title, read in OTHER_METRICS.items()
+        if any(read(result) is not None for result in methods.values())
+    }
+    if not columns:
+        return []
+    rows = [
+        [result.get("guidance", name), *(number(read(result), 4) for read in columns.values())]
+        for name, result in methods.items()
+    ]
+    caption = "Other metrics of the same features; KID in thousandths. Higher is better but for sFID, KID and the limit"
+    limit = (
+        "The limit is the distance for infinitely many samples: a line through the distances of subsets over one over "
+        "their size ends there. Where it is far below the distance, more samples are needed."
+    )
+    shown = table(["method", *columns], rows, caption=caption, numeric=range(1, len(columns) + 1))
+    return [shown, paragraph(limit, "note soft")]
 
 
 def _shift(evaluation: Evaluation | None) -> Html:

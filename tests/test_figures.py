@@ -79,7 +79,7 @@ def test_grid_has_a_row_for_each_class_and_methods_in_the_same_places() -> None:
         "plain": (flat_images([20, 10, 21, 11]), labels),
         "nag": (flat_images([120, 110, 121, 111]), labels),
     }
-    pixels = decode(figures.sample_grid(samples, num_classes=2, per_class=3))
+    pixels = decode(figures.sample_grid(samples, per_class=3))
     place = {}
     for value in (10, 11, 20, 21, 110, 111, 120, 121):
         for y in range(pixels.shape[0]):
@@ -97,10 +97,20 @@ def test_grid_has_a_row_for_each_class_and_methods_in_the_same_places() -> None:
         assert place[value + 100] == (place[value][0], place[value][1] + shift)
 
 
+def test_the_samples_shown_are_the_first_of_the_lowest_classes_that_occur() -> None:
+    labels = np.array([700, 3, 700, 3, 3, *range(800, 820)])
+    shown = figures.shown_samples(labels, per_class=2)
+    assert shown.tolist() == [0, 1, 2, 3, *range(5, 13)]
+    images = flat_images(list(range(len(labels))))
+    grid = figures.sample_grid({"plain": (images, labels)}, per_class=2)
+    assert figures.sample_grid({"plain": (images[shown], labels[shown])}, per_class=2) == grid
+
+
 def test_grid_size_follows_from_images_classes_and_columns() -> None:
     def size(num_classes: int, per_class: int, methods: int = 1) -> tuple[int, ...]:
-        samples = {f"m{i}": (flat_images([0, 1]), np.array([0, 1])) for i in range(methods)}
-        return decode(figures.sample_grid(samples, num_classes, per_class)).shape[:2]
+        labels = np.arange(num_classes)
+        samples = {f"m{i}": (flat_images([0] * num_classes), labels) for i in range(methods)}
+        return decode(figures.sample_grid(samples, per_class)).shape[:2]
 
     cell = size(2, 2)[1] - size(2, 1)[1]
     assert cell == 48 + 2  # an image and the gap beside it
@@ -112,7 +122,7 @@ def test_grid_size_follows_from_images_classes_and_columns() -> None:
 def test_grid_keeps_colours_and_shrinks_large_images() -> None:
     images = np.zeros((1, 256, 256, 3), np.uint8)
     images[..., 0], images[..., 2] = 200, 40
-    pixels = decode(figures.sample_grid({"plain": (images, np.array([0]))}, num_classes=1, per_class=1))
+    pixels = decode(figures.sample_grid({"plain": (images, np.array([0]))}, per_class=1))
     assert (pixels == (200, 0, 40)).all(axis=-1).sum() == 128 * 128
 
 
@@ -133,7 +143,7 @@ def test_grid_keeps_colours_and_shrinks_large_images() -> None:
 )
 def test_grid_refuses_what_it_cannot_show(samples: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        figures.sample_grid(samples, num_classes=2, per_class=1)
+        figures.sample_grid(samples, per_class=1)
 
 
 @pytest.mark.parametrize("lines", [metrics_lines(), metrics_lines(1), metrics_lines(dropped=False)])

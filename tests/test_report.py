@@ -153,7 +153,7 @@ def write_evaluation(
     folder = workdir / "eval" / name
     labels = np.arange(4) % 2
     images = np.zeros((4, 8, 8, 1), np.uint8)
-    grid = figures.sample_grid({name: (images, labels) for name in metrics["methods"]}, 2, per_class=2)
+    grid = figures.sample_grid({name: (images, labels) for name in metrics["methods"]}, per_class=2)
     conditions = {"sampling": {"stepper": "heun", "num_steps": 10, "weights": "ema"}, "seed": 0, "commit": None}
     storage.write_json(folder / "conditions.json", conditions)
     storage.write_bytes(folder / "samples.png", grid)

@@ -1,5 +1,7 @@
 """Sets of images to be judged, as they are: an .npz of ADM's layout, or a folder of image files. Nothing is resized.
 
+The layout is that of ADM's evaluator: arr_0 are images uint8 [N, H, W, C], arr_1 their labels if there are any.
+
 These are anybody's samples and references; the data that networks train on are `sources.py`'s.
 """
 
@@ -7,13 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from etils import epath
 from numpy.typing import NDArray
 
+from nag_jax import storage
 from nag_jax.data.images import decode_image
 from nag_jax.errors import UserError
 from nag_jax.metrics.reference import image_batches, read_reference
@@ -103,6 +108,37 @@ def open_image_set(path: epath.PathLike) -> ImageSet:
         raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)}). Give a folder of images or an .npz file.")
     height, width, channels = _decode(path / images[0]).shape
     return ImageSet(str(path), images, len(images), (height, width, channels))
+
+
+def write_image_set(path: epath.PathLike, batches: Iterable[NDArray[np.uint8]], labels: NDArray[np.integer]) -> None:
+    """Writes images as an .npz of ADM's layout, batch by batch, so that they are never all in memory.
+
+    Args:
+        path: the file.
+        batches: uint8 [n, H, W, C] each, of one image shape, at least one.
+        labels: [N], of all of them.
+
+    Raises:
+        NagJaxError: it cannot be written.
+        ValueError: another number of images than of labels.
+    """
+    batches = iter(batches)
+    first = next(batches)
+    count = 0
+    # zip64 for more than 4 GiB of images; no compression, as ADM's files are.
+    with storage.whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            shape = (len(labels), *first.shape[1:])
+            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for batch in itertools.chain([first], batches):
+                if batch.dtype != np.uint8 or batch.shape[1:] != first.shape[1:]:
+                    raise ValueError(f"images are {batch.dtype} {batch.shape[1:]}, the first ones {first.shape[1:]}")
+                member.write(np.ascontiguousarray(batch).data)
+                count += len(batch)
+        if count != len(labels):
+            raise ValueError(f"{count} images for {len(labels)} labels")
+        with archive.open("arr_1.npy", "w") as member:
+            np.lib.format.write_array(member, np.asarray(labels), allow_pickle=False)
 
 
 def _decode(path: epath.Path) -> NDArray[np.uint8]:

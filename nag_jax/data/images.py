@@ -66,8 +66,8 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def to_float(image: np.ndarray) -> np.ndarray:
-    """uint8 0..255 to float32 in [-1, 1]: u / 127.5 - 1."""
+def to_float(image: Any) -> Any:
+    """uint8 0..255 of NumPy or JAX to float32 in [-1, 1]: u / 127.5 - 1."""
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 

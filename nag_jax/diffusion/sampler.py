@@ -178,6 +178,7 @@ class Sampler:
         seed: int,
         indices: np.ndarray | jax.Array,
         initial: jax.Array | None = None,
+        sharding: jax.sharding.Sharding | None = None,
     ) -> Samples:
         """Draws one batch of samples.
 
@@ -187,6 +188,8 @@ class Sampler:
             seed: seed of the whole set of samples.
             indices: each sample's index in the set [B]; with the seed it determines the sample's noise.
             initial: states to start from [B, ...] instead of noise.
+            sharding: of the samples over devices, by which labels and indices (of all of them, on every host) are
+                placed; None leaves them where they are.
 
         Returns:
             The samples.
@@ -199,6 +202,9 @@ class Sampler:
             initial = jnp.asarray(initial, float)
             if initial.shape != states_shape:
                 raise UserError(f"initial has shape {initial.shape}; the labels and the denoiser ask {states_shape}.")
+        if sharding is not None:
+            on_host = (np.asarray(labels, np.int32), np.asarray(indices, np.uint32))
+            labels, indices = (jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in on_host)
         x, observations = _run(
             self.program,
             self._params,

@@ -11,13 +11,14 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
 from nag_jax import storage
 from nag_jax.config import Config
 from nag_jax.errors import UserError
 from nag_jax.figures import compare_figure
-from nag_jax.jobs import features, results
+from nag_jax.jobs import results
 from nag_jax.jobs.drawing import draw
 from nag_jax.jobs.estimators import prepare_guiding, prepare_measuring
 from nag_jax.jobs.experiment import open_trained
@@ -35,10 +36,9 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     experiment, network = open_trained(config, workdir, checkpoint, methods, needs_data=True)
     measuring = prepare_measuring(experiment, network)
     guiding = prepare_guiding(experiment, network, methods)
-    feature_net, accuracy = features.prepare(experiment)
-    conditions = results.sampling_conditions(experiment, network, methods, guiding) | results.measuring_conditions(
-        experiment, feature_net, measuring
-    )
+    judge = results.prepare_judge(experiment)
+    conditions = results.sampling_conditions(experiment, network, methods, guiding)
+    conditions |= results.measuring_conditions(experiment, judge, measuring)
     # The grid's weights stand in "methods"; those of the config are not used.
     for unused in ("cfg_scale", "nag_scale"):
         del conditions["sampling"][unused]
@@ -46,13 +46,23 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     if results.is_finished(folder, conditions, last_file="compare.json"):
         return folder
 
-    drawn = draw(experiment, network, methods, measuring=measuring.estimator, guiding=guiding)
-    distances = results.measure_distances(experiment, methods, drawn, feature_net, accuracy)
+    results.begin(folder, conditions)
+    drawn = draw(
+        experiment,
+        network,
+        methods,
+        folder / results.BLOCKS,
+        feature_net=judge.feature_net,
+        measuring=measuring.estimator,
+        guiding=guiding,
+    )
+    distances, _ = results.measure_distances(experiment, methods, drawn, judge, folder)
     shifts = results.measure_shifts(experiment, drawn, measuring)
-    comparison = storage.as_json(make_comparison(weights(config), distances, shifts))
-    storage.write_json(folder / "conditions.json", conditions)
-    storage.write_bytes(folder / "compare.png", compare_figure(comparison))
-    storage.write_json(folder / "compare.json", comparison)
+    if jax.process_index() == 0:
+        comparison = storage.as_json(make_comparison(weights(config), distances, shifts))
+        storage.write_bytes(folder / "compare.png", compare_figure(comparison))
+        storage.write_json(folder / "compare.json", comparison)
+    results.finish(folder)
     return folder
 
 

@@ -16,6 +16,7 @@ from nag_jax.data.pipeline import make_batches
 from nag_jax.denoiser import Params
 from nag_jax.diffusion.process import make_process
 from nag_jax.diffusion.time_posterior import Estimator
+from nag_jax.errors import UserError
 from nag_jax.jobs.experiment import Experiment, TrainedNetwork
 from nag_jax.jobs.methods import Method
 from nag_jax.models.noise_estimator import NoiseEstimator, build_estimator
@@ -64,7 +65,9 @@ class Measuring(NamedTuple):
 
 
 def prepare_measuring(experiment: Experiment, network: TrainedNetwork) -> Measuring:
-    """The estimator that measures the noise shift of `network`."""
+    """The estimator that measures the noise shift of `network`. Raises UserError where there are no times for it."""
+    if not experiment.config.noise_shift.times:
+        raise UserError("noise_shift.times names no time to measure the noise shift at. Give at least one.")
     estimator, calibration = prepare(experiment, network, "measure")
     assert calibration is not None
     return Measuring(estimator, calibration, params_hash(jax.device_get(estimator.params)))

@@ -1,19 +1,20 @@
-"""`--mode=evaluate`, and the end of training: Fréchet distances and noise shift of several methods, and the report.
+"""`--mode=evaluate`, and the end of training: distances and noise shift of several methods, and the report.
 
-All methods use the same noise and labels. A finished evaluation is kept: the same conditions read it back, other
-conditions under the same name are refused.
+All methods use the same noise and labels. A killed evaluation goes on from its last batch of samples. A finished one is
+kept: the same conditions read it back, other conditions under the same name are refused.
 """
 
 from __future__ import annotations
 
 import time
 
+import jax
 from etils import epath
 
 from nag_jax import storage
 from nag_jax.config import Config, to_dict
-from nag_jax.jobs import features, results
-from nag_jax.jobs.drawing import draw, sample_labels
+from nag_jax.jobs import results
+from nag_jax.jobs.drawing import draw
 from nag_jax.jobs.estimators import Measuring, prepare_guiding, prepare_measuring
 from nag_jax.jobs.experiment import Experiment, TrainedNetwork, open_trained
 from nag_jax.jobs.methods import Method, make_method
@@ -23,10 +24,16 @@ from nag_jax.report import write_report
 
 def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Path:
     """Evaluates a trained network and returns the path of the report."""
-    experiment, network = open_trained(config, workdir, checkpoint, make_methods(config), needs_data=True)
-    if not (workdir / "config.json").exists():
+    methods = make_methods(config)
+    experiment, network = open_trained(config, workdir, checkpoint, methods, needs_data=needs_data(config))
+    if jax.process_index() == 0 and not (workdir / "config.json").exists():
         storage.write_json(workdir / "config.json", to_dict(config))
     return evaluate_and_report(experiment, network)
+
+
+def needs_data(config: Config) -> bool:
+    """Whether an evaluation looks at the network's own data, whatever its methods are."""
+    return bool(config.noise_shift.times) or not config.eval.reference
 
 
 def evaluate_and_report(experiment: Experiment, network: TrainedNetwork) -> epath.Path:
@@ -36,7 +43,7 @@ def evaluate_and_report(experiment: Experiment, network: TrainedNetwork) -> epat
     """
     if not experiment.config.eval.methods:
         return write_report(experiment.workdir)
-    measuring = prepare_measuring(experiment, network)
+    measuring = prepare_measuring(experiment, network) if experiment.config.noise_shift.times else None
     folder = evaluate(experiment, network, measuring=measuring)
     return write_report(experiment.workdir, folder)
 
@@ -55,39 +62,50 @@ def evaluate(experiment: Experiment, network: TrainedNetwork, *, measuring: Meas
         measuring: the estimator that measures, with its calibration; without it the noise shift is left out.
 
     Returns:
-        The folder eval/step_N/NAME with conditions.json, metrics.json, samples.png and (with an estimator)
-        noise_shift.json and noise_shift.png.
+        The folder eval/step_N/NAME with conditions.json, metrics.json, samples.png, the curve of each method's distance
+        over the number of samples, (with `eval.save_samples`) the samples, and (with an estimator) noise_shift.json and
+        noise_shift.png.
 
     Raises:
         UserError: the folder holds an evaluation under other conditions.
     """
     config = experiment.config
     methods = make_methods(config)
-    feature_net, accuracy = features.prepare(experiment)
+    judge = results.prepare_judge(experiment)
     guiding = prepare_guiding(experiment, network, methods)
-    conditions = results.sampling_conditions(experiment, network, methods, guiding) | results.measuring_conditions(
-        experiment, feature_net, measuring
-    )
+    conditions = results.sampling_conditions(experiment, network, methods, guiding)
+    conditions |= results.measuring_conditions(experiment, judge, measuring)
     folder = experiment.workdir / "eval" / f"step_{network.step}" / results.folder_name(config, conditions)
     if results.is_finished(folder, conditions, last_file="metrics.json"):
         return folder
 
+    results.begin(folder, conditions)
+    drawn = draw(
+        experiment,
+        network,
+        methods,
+        folder / results.BLOCKS,
+        feature_net=judge.feature_net,
+        measuring=measuring.estimator if measuring else None,
+        guiding=guiding,
+        keep_images=config.eval.save_samples,
+    )
     start = time.perf_counter()
-    drawn = draw(experiment, network, methods, measuring=measuring.estimator if measuring else None, guiding=guiding)
-    sampled = time.perf_counter()
-    metrics = results.measure_distances(experiment, methods, drawn, feature_net, accuracy)
-
-    storage.write_json(folder / "conditions.json", conditions)
-    storage.write_bytes(folder / "samples.png", results.grid(experiment, drawn))
-    if config.eval.save_samples:
-        storage.write_bytes(folder / "samples.npz", results.pack_samples(drawn, sample_labels(experiment)))
-    if measuring is not None:
-        shifts = results.measure_shifts(experiment, drawn, measuring)
-        storage.write_json(folder / "noise_shift.json", results.shifts_to_json(experiment, shifts, measuring))
-        storage.write_bytes(folder / "noise_shift.png", noise_shift_figure(shifts))
-    # Written last: a folder with metrics.json is a finished evaluation.
-    storage.write_json(folder / "metrics.json", metrics)
-    measured = time.perf_counter()
-    experiment.add_to_environment("evaluation")
-    experiment.add_seconds(**{"sampling": sampled - start, "distances and noise shift": measured - sampled})
+    metrics, curves = results.measure_distances(experiment, methods, drawn, judge, folder)
+    shifts = results.measure_shifts(experiment, drawn, measuring) if measuring else {}
+    if jax.process_index() == 0:
+        results.write_pictures(experiment, drawn, folder)
+        for name, curve in curves.items():
+            storage.write_bytes(folder / f"curve-{name}.png", curve)
+        if config.eval.save_samples:
+            results.write_samples(experiment, drawn, folder)
+        if measuring is not None:
+            storage.write_json(folder / "noise_shift.json", results.shifts_to_json(experiment, shifts, measuring))
+            storage.write_bytes(folder / "noise_shift.png", noise_shift_figure(shifts))
+        experiment.add_to_environment("evaluation")
+        sampling = sum(each.seconds for each in drawn.values())
+        experiment.add_seconds(sampling=sampling, **{"distances and noise shift": time.perf_counter() - start})
+        # Written last: a folder with metrics.json is a finished evaluation.
+        storage.write_json(folder / "metrics.json", metrics)
+    results.finish(folder)
     return folder

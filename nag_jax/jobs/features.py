@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
 
 from nag_jax import feature_nets, storage
-from nag_jax.config import to_dict
+from nag_jax.config import Config, to_dict
 from nag_jax.jobs.experiment import Experiment
 from nag_jax.metrics.features import FeatureNet
 from nag_jax.models.feature_classifier import load_feature_net, save_feature_net, train_feature_classifier
@@ -19,8 +24,9 @@ def prepare(experiment: Experiment) -> tuple[FeatureNet, float | None]:
     and the data are the same.
     """
     config = experiment.config
-    if config.eval.feature_net:
-        return feature_nets.load_feature_net(config.eval.feature_net), None
+    pretrained = read_pretrained(config)
+    if pretrained is not None:
+        return pretrained, None
     folder = experiment.workdir / "features"
     made_with = storage.as_json(
         {
@@ -56,3 +62,22 @@ def prepare(experiment: Experiment) -> tuple[FeatureNet, float | None]:
     storage.write_json(description, {"made_with": made_with, "held_out_accuracy": accuracy})
     experiment.add_seconds(**{"feature classifier": time.perf_counter() - start})
     return feature_net, accuracy
+
+
+def read_pretrained(config: Config) -> FeatureNet | None:
+    """The network in `eval.feature_net`, None where the config names none. Raises UserError if it cannot be read."""
+    if not config.eval.feature_net:
+        return None
+    feature_net = feature_nets.load_feature_net(config.eval.feature_net)
+    return of_grey_images(feature_net) if config.data.channels == 1 else feature_net
+
+
+def of_grey_images(feature_net: FeatureNet) -> FeatureNet:
+    """A network of colour images on grey ones, which it sees with their one channel three times."""
+
+    def in_colour(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        return function and (lambda params, images: function(params, jnp.repeat(images, 3, axis=-1)))
+
+    apply = in_colour(feature_net.apply)
+    assert apply is not None
+    return dataclasses.replace(feature_net, apply=apply, apply_taps=in_colour(feature_net.apply_taps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 from etils import epath
 
 from nag_jax import storage
@@ -30,9 +31,13 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     folder = workdir / "noise_shift" / results.folder_name(config, conditions)
     if results.is_finished(folder, conditions, last_file="noise_shift.json"):
         return folder
-    drawn = draw(experiment, network, methods, measuring=measuring.estimator, guiding=guiding)
+    results.begin(folder, conditions)
+    drawn = draw(
+        experiment, network, methods, folder / results.BLOCKS, measuring=measuring.estimator, guiding=guiding
+    )
     shifts = results.measure_shifts(experiment, drawn, measuring)
-    storage.write_json(folder / "conditions.json", conditions)
-    storage.write_bytes(folder / "noise_shift.png", noise_shift_figure(shifts))
-    storage.write_json(folder / "noise_shift.json", results.shifts_to_json(experiment, shifts, measuring))
+    if jax.process_index() == 0:
+        storage.write_bytes(folder / "noise_shift.png", noise_shift_figure(shifts))
+        storage.write_json(folder / "noise_shift.json", results.shifts_to_json(experiment, shifts, measuring))
+    results.finish(folder)
     return folder

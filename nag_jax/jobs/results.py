@@ -7,10 +7,9 @@ same name are refused.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,25 +17,31 @@ from etils import epath
 
 from nag_jax import storage
 from nag_jax.config import Config, to_dict
-from nag_jax.data.images import to_float
+from nag_jax.data.image_sets import ImageSet, write_image_set
+from nag_jax.data.images import to_uint8
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
-from nag_jax.figures import sample_grid
-from nag_jax.jobs.drawing import Drawn, sample_labels
+from nag_jax.figures import sample_grid, shown_samples
+from nag_jax.jobs import features
+from nag_jax.jobs.drawing import SHOWN_PER_CLASS, Drawn, images, sample_labels
 from nag_jax.jobs.estimators import Measuring
 from nag_jax.jobs.experiment import Experiment, TrainedNetwork, commit, config_digest
+from nag_jax.jobs.image_features import extract
 from nag_jax.jobs.methods import Method
+from nag_jax.jobs.scores import POOL, Features, check_statistics, features_of, measure, open_reference
 from nag_jax.metrics.features import FeatureNet
-from nag_jax.metrics.features import features as extract_features
 from nag_jax.metrics.frechet import bootstrap_interval, frechet_distance_from_features, paired_bootstrap_difference
+from nag_jax.metrics.reference import Reference
 from nag_jax.noise_shift.difference import shift_differences
 from nag_jax.noise_shift.measurement import NoiseShift, compare_answers
+from nag_jax.parallel import wait_for_all_hosts
 from nag_jax.params_hash import params_hash
 
-GRID_IMAGES_PER_CLASS = 8
+BLOCKS = "blocks"  # what is drawn already, in a result's folder until its last file is written
+MAX_BOOTSTRAP_DIMENSION = 512
 
 # What stands among the conditions for information alone: it does not change a number that the others leave equal.
-INFORMATION = ("checkpoint", "config", "commit")
+INFORMATION = ("checkpoint", "config", "commit", "batch_size")
 
 
 def sampling_conditions(
@@ -49,7 +54,8 @@ def sampling_conditions(
         "network": network.fingerprint,
         "guiding_estimator": None if guiding is None else params_hash(jax.device_get(guiding.params)),
         "methods": {name: method.text for name, method in methods.items()},
-        "sampling": to_dict(config.sampling),
+        "sampling": {key: value for key, value in to_dict(config.sampling).items() if key != "batch_size"},
+        "batch_size": config.sampling.batch_size,
         "num_samples": config.eval.num_samples,
         "seed": config.eval.seed,
         "dtype": experiment.description.model.dtype,
@@ -79,13 +85,21 @@ def shift_conditions(experiment: Experiment, measuring: Measuring | None) -> dic
     }
 
 
-def measuring_conditions(
-    experiment: Experiment, feature_net: FeatureNet, measuring: Measuring | None
-) -> dict[str, Any]:
+def measuring_conditions(experiment: Experiment, judge: Judge, measuring: Measuring | None) -> dict[str, Any]:
     """All that distances and noise shifts depend on besides the samples."""
-    return {
-        "features": {"name": feature_net.name, "fingerprint": feature_net.fingerprint}
-    } | shift_conditions(experiment, measuring)
+    feature_net = judge.feature_net
+    conditions: dict[str, Any] = {
+        "features": {"name": feature_net.name, "fingerprint": feature_net.fingerprint},
+        "num_resamples": experiment.config.eval.num_resamples,
+    }
+    if experiment.config.eval.reference:
+        conditions["judged_against"] = {
+            "statistics": judge.statistics.fingerprint if judge.statistics else None,
+            "images": judge.images.fingerprint() if judge.images else None,
+        }
+    if measuring is not None or not experiment.config.eval.reference:
+        conditions |= shift_conditions(experiment, measuring)
+    return conditions
 
 
 def folder_name(config: Config, conditions: dict[str, Any]) -> str:
@@ -115,53 +129,152 @@ def is_finished(folder: epath.Path, conditions: dict[str, Any], last_file: str) 
     return (folder / last_file).exists()
 
 
+def begin(folder: epath.Path, conditions: dict[str, Any]) -> None:
+    """Says what `folder` will hold, before anything is drawn: blocks that a killed run leaves there are of these."""
+    if jax.process_index() == 0:
+        storage.write_json(folder / "conditions.json", conditions)
+    wait_for_all_hosts("conditions")
+
+
+def finish(folder: epath.Path) -> None:
+    """Removes the blocks of a result whose last file is written."""
+    if jax.process_index() == 0 and (folder / BLOCKS).exists():
+        (folder / BLOCKS).rmtree()
+    wait_for_all_hosts("result")
+
+
+class Judge(NamedTuple):
+    """What distances are measured with: a feature net and a reference, opened and checked before anything is drawn.
+
+    Attributes:
+        feature_net: the network.
+        accuracy: its accuracy on held-out images where that is known.
+        statistics: stored moments of the reference, or None.
+        images: the reference's images; None where it has none, or is the held-out images.
+    """
+
+    feature_net: FeatureNet
+    accuracy: float | None
+    statistics: Reference | None
+    images: ImageSet | None
+
+
+def prepare_judge(experiment: Experiment) -> Judge:
+    """Opens `eval.feature_net` (or trains a classifier) and `eval.reference`.
+
+    Raises:
+        UserError: one of them cannot be read, or they do not belong together.
+    """
+    path = experiment.config.eval.reference
+    statistics, images = open_reference(path) if path else (None, None)
+    feature_net, accuracy = features.prepare(experiment)
+    check_statistics(statistics, feature_net, path)
+    return Judge(feature_net, accuracy, statistics, images)
+
+
+def check_judge(config: Config) -> None:
+    """Refuses, before anything long runs, what `prepare_judge` would refuse."""
+    feature_net = features.read_pretrained(config)
+    if config.eval.reference:
+        statistics, _ = open_reference(config.eval.reference)
+        if feature_net is not None:
+            check_statistics(statistics, feature_net, config.eval.reference)
+
+
 def measure_distances(
-    experiment: Experiment,
-    methods: dict[str, Method],
-    drawn: dict[str, Drawn],
-    feature_net: FeatureNet,
-    accuracy: float | None,
-) -> dict[str, Any]:
-    """The content of metrics.json: Fréchet distances with bootstrap intervals, beside the real-against-real floor."""
-    config = experiment.config
+    experiment: Experiment, methods: dict[str, Method], drawn: dict[str, Drawn], judge: Judge, folder: epath.Path
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Judges the samples of every method on their features.
+
+    Args:
+        experiment: config and data.
+        methods: by name.
+        drawn: their samples.
+        judge: feature net and reference.
+        folder: where features of a reference's images are kept until the result is written.
+
+    Returns:
+        (content of metrics.json: for every method its distance with a bootstrap interval, and the metrics of `scores`,
+        beside the real-against-real floor; the curves of the distance over the number of samples as PNG, by method).
+    """
+    config, feature_net = experiment.config, judge.feature_net
     bootstrap = {"num_resamples": config.eval.num_resamples, "seed": config.eval.seed}
-    reference = extract_features(feature_net, experiment.eval_images)
-    # As many training images as samples where there are as many, for a Fréchet distance depends on the counts.
-    real = extract_features(feature_net, experiment.train_images[: config.eval.num_samples])
-    sampled = {name: extract_features(feature_net, to_float(each.images)) for name, each in drawn.items()}
-    results: dict[str, Any] = {}
-    for name, vectors in sampled.items():
-        results[name] = {
+    real = reference_features(experiment, judge, folder)
+    # A resample costs a distance, and the interval is meant for few dimensions; see `bootstrap_interval`.
+    resampled = real[POOL] if real is not None and feature_net.dimension <= MAX_BOOTSTRAP_DIMENSION else None
+    methods_json: dict[str, Any] = {}
+    curves = {}
+    for name, each in drawn.items():
+        measured, curve = measure(config, feature_net, each.features, real, judge.statistics)
+        distance = measured.pop("frechet_distance", None)
+        if curve is not None:
+            curves[name] = curve
+        vectors = each.features[POOL]
+        methods_json[name] = {
             "guidance": methods[name].text,
-            "frechet_distance": frechet_distance_from_features(vectors, reference),
-            "interval": bootstrap_interval(vectors, reference, **bootstrap),
-            "evaluations_per_image": drawn[name].evaluations_per_image,
-            "estimator_calls_per_image": drawn[name].estimator_calls_per_image,
-            "seconds": drawn[name].seconds,
-        }
-        if name != "plain" and "plain" in sampled:
-            plain = sampled["plain"]
-            results[name]["difference_to_plain"] = {
-                "value": results[name]["frechet_distance"] - frechet_distance_from_features(plain, reference),
-                "interval": paired_bootstrap_difference(vectors, plain, reference, **bootstrap),
-            }
+            "frechet_distance": distance and distance["value"],
+            "interval": None if resampled is None else bootstrap_interval(vectors, resampled, **bootstrap),
+            "evaluations_per_image": each.evaluations_per_image,
+            "estimator_calls_per_image": each.estimator_calls_per_image,
+            "seconds": each.seconds,
+            "curve": distance and distance.get("curve"),
+        } | {key: value for key, value in measured.items() if key not in ("num_samples", "num_reference")}
+    if resampled is not None and "plain" in drawn:
+        plain = drawn["plain"].features[POOL]
+        for name in drawn.keys() - {"plain"}:
+            gap = methods_json[name]["frechet_distance"] - methods_json["plain"]["frechet_distance"]
+            interval = paired_bootstrap_difference(drawn[name].features[POOL], plain, resampled, **bootstrap)
+            methods_json[name]["difference_to_plain"] = {"value": gap, "interval": interval}
+    floor, num_reference = None, None
+    if real is not None:
+        num_reference = len(real[POOL])
+    elif judge.statistics is not None and judge.statistics.pool is not None:
+        num_reference = judge.statistics.pool.count
+    if real is not None and not config.eval.reference:
+        floor = real_against_real(experiment, feature_net, real[POOL], bootstrap)
     return {
-        "methods": results,
-        "floor": {
-            "frechet_distance": frechet_distance_from_features(real, reference),
-            "interval": bootstrap_interval(real, reference, **bootstrap),
-            "description": "training images against held-out images; the features were fitted on the training images",
-            "num_a": len(real),
-            "num_b": len(reference),
-        },
+        "methods": methods_json,
+        "floor": floor,
         "features": {
             "name": feature_net.name,
             "label": feature_net.distance_label,
-            "held_out_accuracy": accuracy,
+            "held_out_accuracy": judge.accuracy,
             "dimension": feature_net.dimension,
         },
+        "reference": config.eval.reference or "held-out images",
         "num_samples": config.eval.num_samples,
-        "num_reference": len(reference),
+        "num_reference": num_reference,
+    }, curves
+
+
+def reference_features(experiment: Experiment, judge: Judge, folder: epath.Path) -> Features | None:
+    """Features of the reference's images: those of `eval.reference`, or held-out ones; None where it has none."""
+    batch_size = experiment.config.sampling.batch_size
+    if not experiment.config.eval.reference:
+        return features_of(judge.feature_net, to_uint8(experiment.eval_images), batch_size)
+    if judge.images is None:
+        return None
+    return extract(judge.feature_net, judge.images, folder / BLOCKS / "reference", batch_size)
+
+
+def real_against_real(
+    experiment: Experiment, feature_net: FeatureNet, reference: np.ndarray, bootstrap: dict[str, int]
+) -> dict[str, Any]:
+    """The distance of training images from the held-out ones, below which no method can be told from real images.
+
+    As many training images as samples where there are as many, for a Fréchet distance depends on the counts.
+    """
+    config = experiment.config
+    images = to_uint8(experiment.train_images[: config.eval.num_samples])
+    real = features_of(feature_net, images, config.sampling.batch_size)[POOL]
+    has_interval = feature_net.dimension <= MAX_BOOTSTRAP_DIMENSION
+    fitted = "" if config.eval.feature_net else "; the features were fitted on the training images"
+    return {
+        "frechet_distance": frechet_distance_from_features(real, reference),
+        "interval": bootstrap_interval(real, reference, **bootstrap) if has_interval else None,
+        "description": f"training images against held-out images{fitted}",
+        "num_a": len(real),
+        "num_b": len(reference),
     }
 
 
@@ -193,19 +306,22 @@ def shifts_to_json(experiment: Experiment, shifts: dict[str, NoiseShift], measur
     return {"methods": {name: shift.to_json() for name, shift in shifts.items()}, "differences": differences}
 
 
-def grid(experiment: Experiment, drawn: dict[str, Drawn]) -> bytes:
+def write_pictures(experiment: Experiment, drawn: dict[str, Drawn], folder: epath.Path) -> None:
     """samples.png: every method's samples by class."""
     labels = sample_labels(experiment)
-    return sample_grid(
-        {name: (each.images, labels) for name, each in drawn.items()},
-        num_classes=experiment.description.num_classes,
-        per_class=GRID_IMAGES_PER_CLASS,
-    )
+    shown = labels[shown_samples(labels, SHOWN_PER_CLASS)]
+    grid = sample_grid({name: (each.shown, shown) for name, each in drawn.items()}, per_class=SHOWN_PER_CLASS)
+    storage.write_bytes(folder / "samples.png", grid)
 
 
-def pack_samples(drawn: dict[str, Drawn], labels: np.ndarray) -> bytes:
-    """samples.npz: uint8 [N, H, W, C] under each method's name, and the labels."""
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = {name: each.images for name, each in drawn.items()}
-    np.savez_compressed(buffer, labels=labels, **arrays)
-    return buffer.getvalue()
+def write_samples(experiment: Experiment, drawn: dict[str, Drawn], folder: epath.Path) -> None:
+    """Every method's images and labels in ADM's layout, `sample_files`."""
+    labels = sample_labels(experiment)
+    for file, each in zip(sample_files(drawn), drawn.values(), strict=True):
+        write_image_set(folder / file, images(each), labels)
+
+
+def sample_files(methods: Iterable[str]) -> list[str]:
+    """The names of the files of samples: samples.npz for one method, samples-METHOD.npz for several."""
+    names = list(methods)
+    return ["samples.npz"] if len(names) == 1 else [f"samples-{name}.npz" for name in names]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import jax
 from etils import epath
 
-from nag_jax import storage
 from nag_jax.config import Config
 from nag_jax.jobs import results
-from nag_jax.jobs.drawing import draw, sample_labels
+from nag_jax.jobs.drawing import draw
 from nag_jax.jobs.estimators import prepare_guiding
 from nag_jax.jobs.evaluate import make_methods
 from nag_jax.jobs.experiment import open_trained
 
 
 def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Path:
-    """Samples a trained network; returns the folder samples/NAME with conditions.json, samples.png and samples.npz.
+    """Samples a trained network; returns the folder samples/NAME with conditions.json, samples.png and the samples.
 
     Raises:
         UserError: the checkpoint cannot be read, or NAME holds samples of other conditions.
@@ -24,10 +24,12 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     guiding = prepare_guiding(experiment, network, methods)
     conditions = results.sampling_conditions(experiment, network, methods, guiding)
     folder = workdir / "samples" / results.folder_name(config, conditions)
-    if results.is_finished(folder, conditions, last_file="samples.npz"):
+    if results.is_finished(folder, conditions, last_file=results.sample_files(methods)[-1]):
         return folder
-    drawn = draw(experiment, network, methods, guiding=guiding)
-    storage.write_json(folder / "conditions.json", conditions)
-    storage.write_bytes(folder / "samples.png", results.grid(experiment, drawn))
-    storage.write_bytes(folder / "samples.npz", results.pack_samples(drawn, sample_labels(experiment)))
+    results.begin(folder, conditions)
+    drawn = draw(experiment, network, methods, folder / results.BLOCKS, guiding=guiding, keep_images=True)
+    if jax.process_index() == 0:
+        results.write_pictures(experiment, drawn, folder)
+        results.write_samples(experiment, drawn, folder)
+    results.finish(folder)
     return folder

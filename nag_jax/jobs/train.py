@@ -24,6 +24,7 @@ from nag_jax.errors import TrainingDivergedError, UserError
 from nag_jax.jobs import evaluate
 from nag_jax.jobs.experiment import ORIGINAL_FOLDER, Experiment, TrainedNetwork, check_sampling, open_training
 from nag_jax.jobs.interrupt import Stopped, stop_on_signals
+from nag_jax.jobs.results import check_judge
 from nag_jax.metric_writer import MetricWriter
 from nag_jax.models.dit import init_params
 from nag_jax.parallel import batch_sharding, init_sharded, param_shardings, pmap_sharding, shard_batch, split_batch
@@ -82,7 +83,8 @@ def open_run(config: Config, workdir: epath.Path) -> Experiment:
     if (workdir / loading.MODEL_FILE).exists():
         check_same_network(experiment)
     if config.eval.methods:
-        check_sampling(experiment, evaluate.make_methods(config), needs_data=True)
+        check_sampling(experiment, evaluate.make_methods(config), needs_data=evaluate.needs_data(config))
+        check_judge(config)
     return experiment
 
 

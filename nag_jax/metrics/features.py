@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nag_jax.errors import UserError
+from nag_jax.parallel import local_sharding
 
 PIXEL_TOLERANCE = 1e-3
 FID_NETWORK = "inception-2015-12-05"  # the one network whose distances are called FID
@@ -67,14 +68,15 @@ def from_function(
 
 
 def features(feature_net: FeatureNet, images: np.ndarray, batch_size: int = 256) -> NDArray[np.float32]:
-    """Features of images, batch by batch, compiled once per image shape and batch size.
+    """Features of images, batch by batch on all devices of this process, compiled once per image shape and batch size.
 
     The last batch is filled up with zero images, whose features are thrown away.
 
     Args:
         feature_net: the network.
         images: [N, H, W, C] float in [-1, 1]; N may be 0.
-        batch_size: images per call of the network; changes speed and memory only.
+        batch_size: images per call of the network, filled up to a multiple of the devices; changes speed and memory
+            only.
 
     Returns:
         [N, d] float32 on the host.
@@ -135,10 +137,12 @@ def _batches(
     if not largest <= 1.0 + PIXEL_TOLERANCE:
         raise UserError(f"Features: images reach |x| = {largest}; look for NaN, then clip to [-1, 1].")
 
-    compiled, params = jax.jit(function), jax.device_put(params)
+    devices = jax.local_device_count()
+    batch_size = -(-batch_size // devices) * devices
+    compiled, params = jax.jit(function), jax.device_put(params, local_sharding())
     for start in range(0, len(images), batch_size):
         rows = images[start : start + batch_size]
         batch = np.zeros((batch_size, *images.shape[1:]), np.float32)
         batch[: len(rows)] = rows
-        answer = jax.device_get(compiled(params, batch))
+        answer = jax.device_get(compiled(params, jax.device_put(batch, local_sharding("data"))))
         yield start, jax.tree.map(operator.itemgetter(slice(len(rows))), answer)

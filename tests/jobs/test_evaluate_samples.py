@@ -14,7 +14,7 @@ from etils import epath
 from nag_jax.config import Config
 from nag_jax.data.images import to_float
 from nag_jax.errors import UserError
-from nag_jax.jobs import evaluate_samples
+from nag_jax.jobs import evaluate_samples, image_features
 from nag_jax.metrics.features import from_function
 from nag_jax.metrics.frechet import frechet_distance_from_features, moments
 from nag_jax.metrics.reference import write_reference
@@ -32,7 +32,7 @@ def vectors(images) -> jnp.ndarray:
 def feature_net(monkeypatch: pytest.MonkeyPatch):
     net = from_function("quarters", vectors, 12, fingerprint="1")
     monkeypatch.setattr(evaluate_samples, "load_feature_net", lambda folder: net)
-    monkeypatch.setattr(evaluate_samples, "MAX_BLOCK_ROWS", 16)
+    monkeypatch.setattr(image_features, "MAX_BLOCK_ROWS", 16)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_stored_statistics_give_the_distance_of_their_images(sets, tmp_path: Pat
 def test_a_killed_evaluation_goes_on_from_its_blocks(sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = metrics_of(evaluate(tmp_path, workdir="whole"))
     seen: list[int] = []
-    compute = evaluate_samples.features_of
+    compute = image_features.features_of
 
     def killed_at_the_third(net, images, batch_size):
         if len(seen) == 2:
@@ -101,7 +101,7 @@ def test_a_killed_evaluation_goes_on_from_its_blocks(sets, tmp_path: Path, monke
         seen.append(len(images))
         return compute(net, images, batch_size)
 
-    monkeypatch.setattr(evaluate_samples, "features_of", killed_at_the_third)
+    monkeypatch.setattr(image_features, "features_of", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path)
 
@@ -109,7 +109,7 @@ def test_a_killed_evaluation_goes_on_from_its_blocks(sets, tmp_path: Path, monke
         seen.append(len(images))
         return compute(net, images, batch_size)
 
-    monkeypatch.setattr(evaluate_samples, "features_of", counted)
+    monkeypatch.setattr(image_features, "features_of", counted)
     folder = evaluate(tmp_path)
     assert seen == [16, 16, 16, 2, 16, 16, 16, 12], "no block twice: 50 samples, 60 of the reference"
     assert metrics_of(folder) == whole

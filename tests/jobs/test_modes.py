@@ -31,12 +31,16 @@ def test_sample_writes_pictures_arrays_and_conditions(finished: Path, runs, tmp_
     output, _ = runs.finish(tmp_path / "w", *arguments, *FEW)
     folder = folder_of(output, "written")
     assert folder.parent == tmp_path / "w" / "samples"
-    with np.load(folder / "samples.npz") as samples:
-        assert set(samples.files) == {"labels", "plain", "nag", "classifier_nag"}
-        assert samples["plain"].shape == (50, 8, 8, 1) and samples["plain"].dtype == np.uint8
-        assert not np.array_equal(samples["plain"], samples["nag"])
-        assert not np.array_equal(samples["plain"], samples["classifier_nag"])
-        assert np.bincount(samples["labels"], minlength=10).tolist() == [5] * 10
+    images = {}
+    for method in ("plain", "nag", "classifier_nag"):
+        with np.load(folder / f"samples-{method}.npz") as samples:
+            assert samples.files == ["arr_0", "arr_1"]
+            images[method] = samples["arr_0"]
+            assert np.bincount(samples["arr_1"], minlength=10).tolist() == [5] * 10
+        assert images[method].shape == (50, 8, 8, 1) and images[method].dtype == np.uint8
+    assert not np.array_equal(images["plain"], images["nag"])
+    assert not np.array_equal(images["plain"], images["classifier_nag"])
+    assert not (folder / "blocks").exists()
     conditions = json.loads((folder / "conditions.json").read_text())
     assert conditions["sampling"]["num_steps"] == 2 and conditions["step"] == 6
     # The estimator that guides is another one than the one that measures.

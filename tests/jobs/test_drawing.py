@@ -1,0 +1,136 @@
+"""Drawing in blocks: sample i is the same in any batch size and after any interruption, and its features with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from nag_jax.config import Config, from_config_dict
+from nag_jax.data.images import to_float
+from nag_jax.errors import NagJaxError
+from nag_jax.jobs import drawing, evaluate
+from nag_jax.jobs.drawing import Drawn, draw, images
+from nag_jax.jobs.experiment import Experiment, TrainedNetwork, open_trained
+from nag_jax.metrics.features import FeatureNet, from_function
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COUNT = 30
+
+
+def quarters(pictures: jax.Array) -> jax.Array:
+    """Means of the four quarters of a picture: [B, 4]."""
+    return pictures.reshape(len(pictures), 2, 4, 2, 4).mean(axis=(2, 4)).reshape(len(pictures), -1)
+
+
+FEATURES: FeatureNet = from_function("quarters", quarters, 4, fingerprint="1")
+
+
+@pytest.fixture(scope="module")
+def opened(finished: Path, runs) -> tuple[Experiment, TrainedNetwork]:
+    values = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("smoke")
+    values.data.data_dir = str(runs.data_dir)
+    values.eval.num_samples, values.sampling.batch_size = COUNT, 8
+    values.eval.methods = ("plain", "nag")
+    values.sampling.stepper, values.sampling.weights = "euler_maruyama", "params"
+    config = from_config_dict(values)
+    return open_trained(
+        config, epath.Path(finished), epath.Path(finished), evaluate.make_methods(config), needs_data=False
+    )
+
+
+def with_batch_size(experiment: Experiment, batch_size: int) -> Experiment:
+    config: Config = experiment.config
+    sampling = dataclasses.replace(config.sampling, batch_size=batch_size)
+    return dataclasses.replace(experiment, config=dataclasses.replace(config, sampling=sampling))
+
+
+def draw_all(opened: tuple[Experiment, TrainedNetwork], folder: Path, batch_size: int = 8) -> dict[str, Drawn]:
+    experiment, network = opened
+    methods = evaluate.make_methods(experiment.config)
+    return draw(
+        with_batch_size(experiment, batch_size),
+        network,
+        methods,
+        epath.Path(folder),
+        feature_net=FEATURES,
+        keep_images=True,
+    )
+
+
+def pictures(drawn: Drawn) -> np.ndarray:
+    return np.concatenate(list(images(drawn)))
+
+
+@pytest.fixture(scope="module")
+def whole(opened, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drawn]:
+    return draw_all(opened, tmp_path_factory.mktemp("whole"))
+
+
+def test_features_and_shown_images_are_those_of_the_images(opened, whole):
+    labels = drawing.sample_labels(opened[0])
+    for drawn in whole.values():
+        found = pictures(drawn)
+        assert found.shape == (COUNT, 8, 8, 1) and found.dtype == np.uint8
+        np.testing.assert_allclose(drawn.features["pool3"], quarters(to_float(found)), atol=1e-6)
+        np.testing.assert_array_equal(drawn.shown, found[drawing.shown_samples(labels, drawing.SHOWN_PER_CLASS)])
+        assert drawn.seconds > 0 and drawn.answers is None
+    assert not np.array_equal(pictures(whole["plain"]), pictures(whole["nag"]))
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_samples_do_not_depend_on_the_batch(opened, whole, tmp_path: Path, batch_size: int):
+    for name, drawn in draw_all(opened, tmp_path, batch_size).items():
+        # Another batch shape may round otherwise, so a value half way between two bytes may fall to either side.
+        difference = pictures(drawn).astype(int) - pictures(whole[name])
+        assert np.abs(difference).max() <= 1 and np.count_nonzero(difference) <= 0.002 * difference.size
+
+
+def test_a_killed_drawing_goes_on_bit_for_bit(opened, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written: list[int] = []
+    write = drawing.SampleStore.write
+
+    def killed_at_the_sixth(store, first, size, arrays):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(first)
+        write(store, first, size, arrays)
+
+    monkeypatch.setattr(drawing.SampleStore, "write", killed_at_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        draw_all(opened, tmp_path)
+
+    def counted(store, first, size, arrays):
+        written.append(first)
+        write(store, first, size, arrays)
+
+    monkeypatch.setattr(drawing.SampleStore, "write", counted)
+    found = draw_all(opened, tmp_path)
+    assert sorted(written) == sorted([0, 8, 16, 24] * 2), "no batch twice"
+    for name, drawn in whole.items():
+        np.testing.assert_array_equal(pictures(found[name]), pictures(drawn))
+        np.testing.assert_array_equal(found[name].features["pool3"], drawn.features["pool3"])
+    draw_all(opened, tmp_path)
+    assert len(written) == 8, "what is there is not drawn again"
+
+
+def test_another_batch_size_fills_the_gaps(opened, whole, tmp_path: Path):
+    draw_all(opened, tmp_path)
+    for method in ("plain", "nag"):
+        (tmp_path / method / "00000008-00000016.npz").unlink()
+    for name, drawn in draw_all(opened, tmp_path, 3).items():
+        assert np.abs(pictures(drawn).astype(int) - pictures(whole[name])).max() <= 1
+        np.testing.assert_array_equal(pictures(drawn)[:8], pictures(whole[name])[:8])
+
+
+def test_a_sample_that_is_not_finite_is_named(opened, tmp_path: Path):
+    experiment, network = opened
+    spoilt = network._replace(params=jax.tree.map(lambda leaf: leaf * np.float32(np.inf), network.params))
+    with pytest.raises(NagJaxError, match="Sample 0 of method 'plain' is not finite"):
+        draw_all((experiment, spoilt), tmp_path)
+    assert not list(tmp_path.glob("*/*.npz"))
