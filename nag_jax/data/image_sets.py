@@ -43,6 +43,11 @@ class ImageSet:
     count: int
     image_shape: tuple[int, int, int]
 
+    @property
+    def name(self) -> str:
+        """The name of the file without its ending, or of the folder."""
+        return epath.Path(self.path).stem
+
     def batches(self, batch_size: int, first: int = 0) -> Iterator[NDArray[np.uint8]]:
         """The images from number `first` on.
 

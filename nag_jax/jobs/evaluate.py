@@ -18,6 +18,7 @@ from nag_jax.jobs.drawing import draw
 from nag_jax.jobs.estimators import Measuring, prepare_guiding, prepare_measuring
 from nag_jax.jobs.experiment import Experiment, TrainedNetwork, open_trained
 from nag_jax.jobs.methods import Method, make_method
+from nag_jax.metrics.curve_figure import curve_figure
 from nag_jax.noise_shift.figure import noise_shift_figure
 from nag_jax.report import write_report
 
@@ -62,8 +63,8 @@ def evaluate(experiment: Experiment, network: TrainedNetwork, *, measuring: Meas
         measuring: the estimator that measures, with its calibration; without it the noise shift is left out.
 
     Returns:
-        The folder eval/step_N/NAME with conditions.json, metrics.json, samples.png, the curve of each method's distance
-        over the number of samples, (with `eval.save_samples`) the samples, and (with an estimator) noise_shift.json and
+        The folder eval/step_N/NAME with conditions.json, metrics.json, samples.png, curve.png of the distances over the
+        number of samples, (with `eval.save_samples`) the samples, and (with an estimator) noise_shift.json and
         noise_shift.png.
 
     Raises:
@@ -95,8 +96,8 @@ def evaluate(experiment: Experiment, network: TrainedNetwork, *, measuring: Meas
     shifts = results.measure_shifts(experiment, drawn, measuring) if measuring else {}
     if jax.process_index() == 0:
         results.write_pictures(experiment, drawn, folder)
-        for name, curve in curves.items():
-            storage.write_bytes(folder / f"curve-{name}.png", curve)
+        if curves:
+            storage.write_bytes(folder / "curve.png", curve_figure(curves, judge.feature_net.distance_label))
         if config.eval.save_samples:
             results.write_samples(experiment, drawn, folder)
         if measuring is not None:

@@ -23,6 +23,7 @@ from nag_jax.jobs import results
 from nag_jax.jobs.experiment import commit, environment
 from nag_jax.jobs.image_features import extract
 from nag_jax.jobs.scores import check_statistics, measure, open_reference
+from nag_jax.metrics.curve_figure import curve_figure
 from nag_jax.metrics.features import FeatureNet
 from nag_jax.metrics.reference import Reference
 from nag_jax.progress import stage
@@ -65,7 +66,8 @@ def run(config: Config, samples: epath.PathLike, reference: epath.PathLike, work
         metrics["seconds"] = {"features": extracted - start, "metrics": time.perf_counter() - extracted}
         metrics["environment"] = environment()
         if curve is not None:
-            storage.write_bytes(folder / "curve.png", curve)
+            figure = curve_figure({sample_set.name: curve}, feature_net.distance_label)
+            storage.write_bytes(folder / "curve.png", figure)
         # Written last: a folder with metrics.json is a finished evaluation, which needs its features no longer.
         storage.write_json(folder / "metrics.json", metrics)
     results.finish(folder)
@@ -133,4 +135,4 @@ def folder_name(config: Config, sample_set: ImageSet, conditions: dict[str, Any]
     if config.eval.name:
         return config.eval.name
     digest = hashlib.sha256(json.dumps(results.comparable(conditions), sort_keys=True).encode()).hexdigest()[:8]
-    return f"{epath.Path(sample_set.path).stem}-{digest}"
+    return f"{sample_set.name}-{digest}"

@@ -43,7 +43,7 @@ def extract(feature_net: FeatureNet, images: ImageSet, folder: epath.Path, batch
     if done:
         print(f"{done} of {total} images have their features already.", file=sys.stderr, flush=True)
     if own:
-        with progress(f"features of {epath.Path(images.path).name}", total, done) as report_progress:
+        with progress(f"features of {images.name}", total, done) as report_progress:
             for number, block in enumerate(images.batches(MAX_BLOCK_ROWS, own[0])):
                 first = own[0] + number * MAX_BLOCK_ROWS
                 if first in own:

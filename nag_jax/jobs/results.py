@@ -29,6 +29,7 @@ from nag_jax.jobs.experiment import Experiment, TrainedNetwork, commit, config_d
 from nag_jax.jobs.image_features import extract
 from nag_jax.jobs.methods import Method
 from nag_jax.jobs.scores import POOL, Features, check_statistics, features_of, measure, open_reference
+from nag_jax.metrics.extrapolation import DistanceCurve
 from nag_jax.metrics.features import FeatureNet
 from nag_jax.metrics.frechet import bootstrap_interval, frechet_distance_from_features, paired_bootstrap_difference
 from nag_jax.metrics.reference import Reference
@@ -183,7 +184,7 @@ def check_judge(config: Config) -> None:
 
 def measure_distances(
     experiment: Experiment, methods: dict[str, Method], drawn: dict[str, Drawn], judge: Judge, folder: epath.Path
-) -> tuple[dict[str, Any], dict[str, bytes]]:
+) -> tuple[dict[str, Any], dict[str, DistanceCurve]]:
     """Judges the samples of every method on their features.
 
     Args:
@@ -195,7 +196,7 @@ def measure_distances(
 
     Returns:
         (content of metrics.json: for every method its distance with a bootstrap interval, and the metrics of `scores`,
-        beside the real-against-real floor; the curves of the distance over the number of samples as PNG, by method).
+        beside the real-against-real floor; the distance over the number of samples, by method).
     """
     config, feature_net = experiment.config, judge.feature_net
     bootstrap = {"num_resamples": config.eval.num_resamples, "seed": config.eval.seed}
@@ -203,7 +204,7 @@ def measure_distances(
     # A resample costs a distance, and the interval is meant for few dimensions; see `bootstrap_interval`.
     resampled = real[POOL] if real is not None and feature_net.dimension <= MAX_BOOTSTRAP_DIMENSION else None
     methods_json: dict[str, Any] = {}
-    curves = {}
+    curves: dict[str, DistanceCurve] = {}
     for name, each in drawn.items():
         measured, curve = measure(config, feature_net, each.features, real, judge.statistics)
         distance = measured.pop("frechet_distance", None)

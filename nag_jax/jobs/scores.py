@@ -19,8 +19,7 @@ from nag_jax.data.image_sets import ImageSet, open_image_set
 from nag_jax.data.images import to_float
 from nag_jax.errors import UserError
 from nag_jax.metrics.accumulate import moments_in_blocks
-from nag_jax.metrics.curve_figure import curve_figure
-from nag_jax.metrics.extrapolation import distance_curve
+from nag_jax.metrics.extrapolation import DistanceCurve, distance_curve
 from nag_jax.metrics.features import FeatureNet, features, tapped_features
 from nag_jax.metrics.frechet import DistanceTo, Moments
 from nag_jax.metrics.inception_score import inception_score
@@ -83,7 +82,7 @@ def features_of(feature_net: FeatureNet, images: NDArray[np.uint8], batch_size: 
 
 def measure(
     config: Config, feature_net: FeatureNet, sampled: Features, real: Features | None, statistics: Reference | None
-) -> tuple[dict[str, Any], bytes | None]:
+) -> tuple[dict[str, Any], DistanceCurve | None]:
     """Every metric that the taps and the reference allow.
 
     Args:
@@ -94,11 +93,11 @@ def measure(
         statistics: stored moments; where a reference has some, they count, as in ADM's evaluator.
 
     Returns:
-        (content of metrics.json, curve.png or None).
+        (the metrics by name, the distance over the number of samples or None).
     """
     metrics: dict[str, Any] = {"num_samples": len(sampled[POOL]), "num_reference": len(real[POOL]) if real else None}
     label = feature_net.distance_label
-    curve_png = None
+    curve = None
     pool = reference_moments(POOL, statistics.pool if statistics else None, real)
     if pool is not None:
         distance_to = DistanceTo(pool)
@@ -106,7 +105,6 @@ def measure(
         if len(sampled[POOL]) >= SMALLEST_CURVE:
             curve = distance_curve(sampled[POOL], distance_to, seed=config.eval.seed)
             metrics["frechet_distance"]["curve"] = dataclasses.asdict(curve)
-            curve_png = curve_figure(curve, label)
     spatial = reference_moments(SPATIAL, statistics.spatial if statistics else None, real)
     if spatial is not None and SPATIAL in sampled:
         value = distance(DistanceTo(spatial), sampled[SPATIAL])
@@ -117,7 +115,7 @@ def measure(
         metrics["inception_score"] = {"mean": score.mean, "std": score.std, "splits": len(score.scores), "order": order}
     if real is not None:
         metrics |= compare_sets(sampled[POOL], real[POOL], config.eval.seed)
-    return metrics, curve_png
+    return metrics, curve
 
 
 def reference_moments(tap: str, stored: Moments | None, real: Features | None) -> Moments | None:

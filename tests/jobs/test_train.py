@@ -58,6 +58,7 @@ def test_a_finished_run_has_everything(finished: Path):
         "conditions.json",
         "metrics.json",
         "samples.png",
+        "curve.png",
         "noise_shift.json",
         "noise_shift.png",
     }
