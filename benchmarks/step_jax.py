@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from step_variants import Size, Variant, median_seconds
 
-from nag_jax import flops, loading
+from nag_jax import loading
 from nag_jax.config import Config, from_config_dict
 from nag_jax.denoiser import LatentSpace, Params
 from nag_jax.diffusion import guidance
@@ -125,7 +125,6 @@ def measure_training(size: Size, variant: Variant) -> dict[str, Any]:
     return {
         "seconds_per_step": seconds,
         "images_per_second": config.batch_size / seconds,
-        "flops_per_second": config.batch_size * flops.dit_training(config.model, description.sample_shape) / seconds,
         "compile_seconds": compile_seconds,
         "loss": float(metrics["loss"]),
         "compiler_memory_bytes": compiler_memory(compiled.memory_analysis()),
@@ -158,15 +157,11 @@ def measure_sampling(size: Size, variant: Variant) -> dict[str, Any]:
         first_call = time.perf_counter() - begin
         seconds = median_seconds(chain, size.repeats)
         evaluations = sampler.evaluations_per_image[name]
-        operations = variant.batch_size * flops.dit_sampling(config.model, description.sample_shape, evaluations)
         by_guidance[name] = {
             "seconds_per_row": seconds / rows,
             "evaluations_per_row": evaluations / rows,
-            "flops_per_second": operations / seconds,
             "first_call_seconds": first_call,
         }
-    for numbers in by_guidance.values():
-        numbers["ratio_to_plain"] = numbers["seconds_per_row"] / by_guidance["plain"]["seconds_per_row"]
     return {
         "compile_seconds": by_guidance["plain"]["first_call_seconds"] - rows * by_guidance["plain"]["seconds_per_row"],
         "guidances": by_guidance,
