@@ -61,8 +61,8 @@ def measure(size: Size, variant: Variant) -> dict[str, Any]:
 def make_network(size: Size) -> TorchDiT:
     """A network that is random in its gates too, as the JAX one is."""
     torch.manual_seed(0)
-    network = TorchDiT(size.side, 4, 2, size.hidden_size, size.depth, size.num_heads, size.num_classes)
-    return network.to(DEVICE)
+    with torch.device(DEVICE):
+        return TorchDiT(size.side, 4, 2, size.hidden_size, size.depth, size.num_heads, size.num_classes)
 
 
 def autocast(size: Size) -> torch.autocast:
