@@ -8,7 +8,7 @@ Nothing here runs a network or knows a device.
 
 from __future__ import annotations
 
-from nag_jax.models.dit import ModelConfig
+from nag_jax.models.dit import ModelConfig, dimensions
 from nag_jax.models.layers import FREQUENCIES, MLP_RATIO
 from nag_jax.models.vae import VaeConfig
 
@@ -26,7 +26,7 @@ def dit_forward(config: ModelConfig, sample_shape: tuple[int, ...]) -> int:
         FLOP.
     """
     height, width, channels = sample_shape
-    depth, hidden, _ = config.dimensions()
+    depth, hidden, _ = dimensions(config)
     tokens = (height // config.patch_size) * (width // config.patch_size)
     patch = config.patch_size**2 * channels
     projections = (3 + 1 + 2 * MLP_RATIO) * tokens * hidden**2  # qkv, proj, fc1 and fc2

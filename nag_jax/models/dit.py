@@ -89,9 +89,10 @@ class ModelConfig:
     scan_blocks: bool = True
     attention: AttentionImplementation = "xla"
 
-    def dimensions(self) -> tuple[int, int, int]:
-        """(depth, hidden_size, num_heads), those of `size` if it is given."""
-        return SIZES[self.size] if self.size else (self.depth, self.hidden_size, self.num_heads)
+
+def dimensions(config: ModelConfig) -> tuple[int, int, int]:
+    """(depth, hidden_size, num_heads), those of `config.size` if it is given."""
+    return SIZES[config.size] if config.size else (config.depth, config.hidden_size, config.num_heads)
 
 
 class DiT(nn.Module):
@@ -258,7 +259,7 @@ def build_model(config: ModelConfig, *, input_shape: tuple[int, int, int], num_c
         if value not in known:
             names = ", ".join(map(repr, known))
             raise UserError(f"model.{field} = {value!r} is unknown; choose one of {names}.")
-    depth, hidden_size, num_heads = config.dimensions()
+    depth, hidden_size, num_heads = dimensions(config)
     height, width, channels = (int(n) for n in input_shape)
     if min(depth, hidden_size, num_heads, config.patch_size, height, width, channels, num_classes) < 1:
         raise UserError(
