@@ -229,8 +229,8 @@ class DiT(nn.Module):
             run = nn.remat(run, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_blocks)
         if not self.scan_blocks:
             for block in self.blocks:
-                # A barrier for each: XLA would merge the blocks' products with it into one and tune that for minutes.
-                tokens = run(block, tokens, jax.lax.optimization_barrier(conditioning))
+                # XLA would merge all blocks' products with the conditioning into one and tune that for minutes.
+                tokens = run(block, *jax.lax.optimization_barrier((tokens, conditioning)))
             return tokens
         scan = nn.scan(
             lambda block, x, c: (run(block, x, c), None),
