@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -53,9 +53,17 @@ class ParallelConfig:
             raise UserError("parallel.mode = 'pmap' is data-parallel: set parallel.fsdp = parallel.tensor = 1.")
 
 
-def make_mesh(config: ParallelConfig) -> Mesh:
-    """Makes the mesh over all devices. Raises UserError if the axes do not multiply to the number of devices."""
-    count = jax.device_count()
+def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Makes the mesh.
+
+    Args:
+        config: sizes of its axes.
+        devices: what it is made of, those of a topology for example; all that there are if None.
+
+    Raises:
+        UserError: the axes do not multiply to the number of devices.
+    """
+    count = jax.device_count() if devices is None else len(devices)
     shape = [config.data, config.fsdp, config.tensor]
     others = config.fsdp * config.tensor
     if min(config.fsdp, config.tensor) >= 1 and config.data == -1 and count % others == 0:
@@ -71,7 +79,7 @@ def make_mesh(config: ParallelConfig) -> Mesh:
             f"parallel.data x fsdp x tensor = {config.data}x{config.fsdp}x{config.tensor} does not use the {count} "
             f"device(s) exactly. What fits: {fitting}."
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

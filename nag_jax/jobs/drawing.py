@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from nag_jax.config import Config
 from nag_jax.data.labels import label_rule
 from nag_jax.diffusion.sampler import Sampler
 from nag_jax.diffusion.time_posterior import Estimator
@@ -50,6 +52,12 @@ def sample_labels(experiment: Experiment) -> np.ndarray:
     return rule(config.eval.num_samples, experiment.description.num_classes, config.eval.seed)
 
 
+def sampling_batch_size(config: Config, mesh: Mesh) -> int:
+    """Samples that are drawn at once: a multiple of the devices, for the last batch is filled up anyway."""
+    num_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-min(config.sampling.batch_size, config.eval.num_samples) // num_devices) * num_devices
+
+
 def draw(
     experiment: Experiment,
     network: TrainedNetwork,
@@ -76,9 +84,7 @@ def draw(
     """
     config = experiment.config
     labels = sample_labels(experiment)
-    # A multiple of the devices: the last batch is filled up anyway.
-    num_devices = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
-    batch_size = -(-min(config.sampling.batch_size, len(labels)) // num_devices) * num_devices
+    batch_size = sampling_batch_size(config, experiment.mesh)
     num_batches = -(-len(labels) // batch_size)
     denoiser = experiment.description.denoiser(network.params)
     original = experiment.original if any(method.needs_original for method in methods.values()) else None

@@ -82,7 +82,7 @@ def find_collectives(hlo: str) -> tuple[Collective, ...]:
     partitions = re.search(r"num_partitions=(\d+)", hlo)
     replicas = re.search(r"replica_count=(\d+)", hlo)
     num_devices = math.prod(int(found[1]) for found in (partitions, replicas) if found)
-    return tuple(_collect(computations, entry, num_devices).values())
+    return tuple(_collect(computations, entry, num_devices))
 
 
 def summarize(collectives: Iterable[Collective]) -> dict[str, dict[str, float]]:
@@ -123,9 +123,9 @@ def _parse(hlo: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
 
 def _collect(
     computations: dict[str, dict[str, _Instruction]], name: str, num_devices: int
-) -> dict[str, Collective]:
-    """The collectives of one run of the computation `name`, by a key that the pieces of one collective share."""
-    found: dict[str, Collective] = {}
+) -> list[Collective]:
+    """The collectives of one run of the computation `name`."""
+    found: list[Collective] = []
     instructions = computations[name]
     for instruction in instructions.values():
         opcode = instruction.opcode
@@ -134,34 +134,32 @@ def _collect(
             start = instruction
             if opcode.endswith("-done"):
                 start = instructions[re.findall(r"%?([\w.\-]+)[,)]", instruction.rest)[0]]
-            found[_key(name, instruction)] = _collective(kind, instruction, start, num_devices)
+            if not _is_later_piece(instruction, instructions):
+                found.append(_collective(kind, instruction, start, num_devices))
         elif opcode == "while":
-            body = instruction.attribute("body") or ""
             trips = _trip_count(computations, instruction)
-            for key, each in _collect(computations, body, num_devices).items():
-                found[f"{instruction.name}/{key}"] = dataclasses.replace(each, count=each.count * trips)
+            inner = _collect(computations, instruction.attribute("body") or "", num_devices)
+            found += [dataclasses.replace(each, count=each.count * trips) for each in inner]
         elif opcode == "conditional":
             branches = [_collect(computations, branch, num_devices) for branch in _branches(instruction)]
-            largest = max(branches, key=lambda branch: sum(each.received_bytes for each in branch.values()))
-            found |= {f"{instruction.name}/{key}": each for key, each in largest.items()}
+            found += max(branches, key=lambda branch: sum(each.received_bytes for each in branch))
         elif opcode in ("fusion", "call", "async-start"):
             called = instruction.attribute("calls") or instruction.attribute("to_apply") or ""
             inner = _collect(computations, called, num_devices)
             if called.startswith(FUSED_REDUCE_SCATTER):
-                inner = {key: dataclasses.replace(each, kind="reduce-scatter") for key, each in inner.items()}
-            found |= {_called_key(instruction, key): each for key, each in inner.items()}
+                inner = [dataclasses.replace(each, kind="reduce-scatter") for each in inner]
+            found += inner
     return found
 
 
-def _key(computation: str, instruction: _Instruction) -> str:
-    """Names one collective. The TPU compiler cuts one that overlaps with products into pieces with a common chain."""
-    if "chain_id=" in instruction.rest and (channel := re.search(r"channel_id=(\d+)", instruction.rest)):
-        return f"chain {channel[1]}"
-    return f"{computation}/{instruction.name}"
+def _is_later_piece(instruction: _Instruction, instructions: dict[str, _Instruction]) -> bool:
+    """Whether a collective was begun elsewhere.
 
-
-def _called_key(instruction: _Instruction, key: str) -> str:
-    return key if key.startswith("chain ") else f"{instruction.name}/{key}"
+    The TPU compiler cuts one that overlaps with other work into fusions of a common chain: the first has a custom call
+    AsyncCollectiveStart beside the collective, and the others repeat the collective.
+    """
+    is_piece = "chain_id=" in instruction.rest
+    return is_piece and not any('"AsyncCollectiveStart"' in each.rest for each in instructions.values())
 
 
 def _collective(kind: str, result: _Instruction, start: _Instruction, num_devices: int) -> Collective:
