@@ -34,7 +34,7 @@ from nag_jax.denoiser import (
 from nag_jax.diffusion.process import ProcessConfig, make_process
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
-from nag_jax.models.dit import SIZES, DiT, ModelConfig, build_model, stack_blocks, unstack_blocks
+from nag_jax.models.dit import DiT, ModelConfig, build_model, stack_blocks, unstack_blocks
 from nag_jax.models.layers import TimeEmbedding, normal_init
 from nag_jax.models.noise_estimator import build_estimator
 from nag_jax.noise_shift.calibration import Calibration
@@ -303,8 +303,7 @@ def computed_as(model: ModelConfig, how: ModelConfig) -> ModelConfig:
 
 def _computed(model: ModelConfig) -> ModelConfig:
     """What a network computes: `model` with the named sizes written out, and no word of how."""
-    explicit = (model.depth, model.hidden_size, model.num_heads)
-    depth, hidden_size, num_heads = SIZES[model.size] if model.size else explicit
+    depth, hidden_size, num_heads = model.dimensions()
     return ModelConfig(
         depth=depth,
         hidden_size=hidden_size,

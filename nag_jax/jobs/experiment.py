@@ -307,11 +307,19 @@ def environment() -> dict[str, Any]:
     packages = ("nag_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     device = jax.devices()[0]
     return {
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": f"{device.device_kind} x{jax.device_count()}",
         "commit": commit(),
         "command": " ".join(["python -m nag_jax.main", *map(shlex.quote, sys.argv[1:])]),
     }
+
+
+def version(package: str) -> str | None:
+    """The version of an installed package; None for one that is imported from where its source lies."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache

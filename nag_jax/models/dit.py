@@ -39,11 +39,19 @@ SIZES = {  # name: (depth, hidden_size, num_heads), arXiv 2212.09748, table 1
     "XL": (28, 1152, 16),
 }
 
+def _is_flash_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    # By its name: cuDNN's attention in `jax.nn` offers no other handle, and its softmax statistics cannot be tagged.
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots_flash": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _is_flash_attention
+    ),
 }
 DTYPES = ("float32", "bfloat16")
 
@@ -62,7 +70,8 @@ class ModelConfig:
         dtype: "float32" or "bfloat16", of the computation; parameters, norms and softmax are always float32.
         precision: "default" (the platform's) or "highest", of matrix products in float32.
         remat: what the backward pass keeps of a block: "none" (no rematerialisation), "full" (keep nothing),
-            "dots" (keep matrix products) or "dots_no_batch" (keep those without a batch dimension).
+            "dots" (keep matrix products), "dots_no_batch" (keep those without a batch dimension: all but attention's)
+            or "dots_flash" (these, and the output of cuDNN's attention).
         scan_blocks: one compiled block scanned over stacked parameters, or `depth` unrolled blocks.
         attention: implementation of `jax.nn.dot_product_attention`: "xla", "cudnn" (needs bfloat16) or None.
     """
@@ -78,6 +87,10 @@ class ModelConfig:
     remat: str = "none"
     scan_blocks: bool = True
     attention: AttentionImplementation = "xla"
+
+    def dimensions(self) -> tuple[int, int, int]:
+        """(depth, hidden_size, num_heads), those of `size` if it is given."""
+        return SIZES[self.size] if self.size else (self.depth, self.hidden_size, self.num_heads)
 
 
 class DiT(nn.Module):
@@ -233,8 +246,7 @@ def build_model(config: ModelConfig, *, input_shape: tuple[int, int, int], num_c
         if value not in known:
             names = ", ".join(map(repr, known))
             raise UserError(f"model.{field} = {value!r} is unknown; choose one of {names}.")
-    explicit = (config.depth, config.hidden_size, config.num_heads)
-    depth, hidden_size, num_heads = SIZES[config.size] if config.size else explicit
+    depth, hidden_size, num_heads = config.dimensions()
     height, width, channels = (int(n) for n in input_shape)
     if min(depth, hidden_size, num_heads, config.patch_size, height, width, channels, num_classes) < 1:
         raise UserError(

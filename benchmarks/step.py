@@ -1,0 +1,235 @@
+"""How fast are a training step and guided sampling, beside the same network in PyTorch?
+
+    python benchmarks/step.py --size=small                         on a CPU: results/step_cpu.json, two minutes
+    python benchmarks/step.py --size=full --budget_seconds=500     XL/2 on a GPU: results/step_gpu.json
+
+Variants (benchmarks/step_variants.py) run in worker processes, one for each framework and job: step_jax.py is this
+project, step_torch.py the peer. One that fails (out of memory, attention that the device does not have) is recorded
+with its message, and a new worker goes on with the next. Results are written after every variant; when the budget is
+spent no further one is started. What the figures mean stands in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from step_variants import SIZES, Size, Variant
+
+from nag_jax import storage
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "step benchmark: "  # of the lines in which a worker reports
+LONGEST_MESSAGE = 1500
+
+# Dense bfloat16 peaks in FLOP/s for each device, from the vendors' data sheets, by a part of JAX's `device_kind`.
+PEAKS = {
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The device's dense bfloat16 peak in FLOP/s; None for one that is not in the table."""
+    return next((peak for name, peak in PEAKS.items() if name in device_kind), None)
+
+
+# The worker.
+
+
+def work(framework: str, size: Size, indices: list[int], deadline: float) -> None:
+    """Measures variants one after the other and reports each as a line of JSON; ends after the first that fails."""
+    side = importlib.import_module(f"step_{framework}")
+    device = {"kind": side.device_kind(), "matmul_flops_per_second": side.measured_flops(size)}
+    report(environment=side.environment(), device=device)
+    for index in indices:
+        if time.time() > deadline:
+            return
+        report(started=index)
+        begin = time.perf_counter()
+        try:
+            result = side.measure(size, size.variants[index])
+        except Exception as error:
+            traceback.print_exc()
+            report(index=index, result={"error": shorten(f"{type(error).__name__}: {error}")})
+            return
+        report(index=index, result=result | {"total_seconds": time.perf_counter() - begin})
+
+
+def report(**content: Any) -> None:
+    print(MARK + json.dumps(storage.as_json(content)), flush=True)
+
+
+def shorten(message: str) -> str:
+    message = message.strip()
+    return message if len(message) <= LONGEST_MESSAGE else message[:LONGEST_MESSAGE] + " ..."
+
+
+# The parent, which must not touch the device.
+
+
+def reports(command: list[str], variant_seconds: float) -> Iterator[dict[str, Any]]:
+    """What a worker reports; a last {"died": message} if it did not end by itself or was silent for too long."""
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdout is not None
+        alarm = threading.Timer(variant_seconds, process.kill)
+        alarm.start()
+        for line in process.stdout:
+            if line.startswith(MARK):
+                alarm.cancel()
+                yield json.loads(line.removeprefix(MARK))
+                alarm = threading.Timer(variant_seconds, process.kill)
+                alarm.start()
+        alarm.cancel()
+        code = process.wait()
+        log.seek(0)
+        errors = log.read()
+        sys.stderr.write(errors)
+        if code:
+            yield {"died": f"the worker ended with code {code}: {errors[-LONGEST_MESSAGE:].strip()}"}
+
+
+def label(variant: Variant) -> str:
+    options = " ".join(f"{name}={value}" for name, value in variant.options.items())
+    return f"{variant.framework} {variant.job} {variant.batch_size} {options}".strip()
+
+
+def next_group(variants: tuple[Variant, ...], pending: list[int]) -> list[int]:
+    """The first pending variant and those right after it of the same framework and job: one worker's share."""
+    kind = (variants[pending[0]].framework, variants[pending[0]].job)
+    group = []
+    for index in pending:
+        if (variants[index].framework, variants[index].job) != kind:
+            break
+        group.append(index)
+    return group
+
+
+def run(size_name: str, output: Path, budget_seconds: float, variant_seconds: float) -> dict[str, Any]:
+    """Measures the variants of a size in their order and writes `output` after each; returns what was written."""
+    size = SIZES[size_name]
+    begin = time.time()
+    deadline = begin + budget_seconds
+    content: dict[str, Any] = {
+        "size": size_name,
+        "settings": {name: value for name, value in dataclasses.asdict(size).items() if name != "variants"},
+        "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
+        "environment": {},
+        "devices": {},
+        "variants": [dataclasses.asdict(variant) | {"result": None} for variant in size.variants],
+    }
+    pending = list(range(len(size.variants)))
+    while pending and time.time() < deadline:
+        group = next_group(size.variants, pending)
+        framework = size.variants[group[0]].framework
+        command = [sys.executable, __file__, f"--size={size_name}", f"--worker={framework}", f"--deadline={deadline}"]
+        running = group[0]
+        for message in reports([*command, f"--indices={','.join(map(str, group))}"], variant_seconds):
+            if "environment" in message:
+                content["environment"][framework] = message["environment"]
+                content["devices"][framework] = message["device"]
+            elif "started" in message:
+                running = message["started"]
+            else:
+                index = message.get("index", running)
+                result = message["result"] if "result" in message else {"error": message["died"]}
+                content["variants"][index]["result"] = result
+                pending.remove(index)
+                print(f"{label(size.variants[index])}: {json.dumps(result)}", flush=True)
+            content["seconds"] = time.time() - begin
+            storage.write_json(output, content | {"summary": summarize(content)})
+        # A worker that stopped at the deadline leaves the rest of its share; the loop ends for the same reason.
+    content["seconds"] = time.time() - begin
+    content["summary"] = summarize(content)
+    storage.write_json(output, content)
+    return content
+
+
+def summarize(content: dict[str, Any]) -> dict[str, Any]:
+    """The best of either side, their ratio, and shares of the device's rates, of what has been measured so far."""
+    done = [variant for variant in content["variants"] if variant["result"] and "error" not in variant["result"]]
+    summary: dict[str, Any] = {}
+    rates = {}
+    if "jax" in content["devices"]:
+        device = content["devices"]["jax"]
+        rates = {"of_peak": peak_flops(device["kind"]), "of_matmul": device["matmul_flops_per_second"]}
+
+    def shares(flops_per_second: float) -> dict[str, float]:
+        return {name: flops_per_second / rate for name, rate in rates.items() if rate}
+
+    for framework in ("jax", "torch"):
+        trained = [variant for variant in done if (variant["framework"], variant["job"]) == (framework, "train")]
+        if trained:
+            best = max(trained, key=lambda variant: variant["result"]["images_per_second"])
+            summary[f"{framework}_training"] = {
+                "variant": label(Variant(**{name: best[name] for name in VARIANT_FIELDS})),
+                "images_per_second": best["result"]["images_per_second"],
+                **shares(best["result"].get("flops_per_second", 0.0)),
+            }
+        sampled = [variant for variant in done if (variant["framework"], variant["job"]) == (framework, "sample")]
+        if sampled:
+            best = min(sampled, key=lambda variant: variant["result"]["guidances"]["cfg"]["seconds_per_row"])
+            summary[f"{framework}_sampling"] = {
+                "variant": label(Variant(**{name: best[name] for name in VARIANT_FIELDS})),
+                **{
+                    name: {
+                        "seconds_per_row": numbers["seconds_per_row"],
+                        **({"ratio_to_plain": numbers["ratio_to_plain"]} if "ratio_to_plain" in numbers else {}),
+                        **shares(numbers.get("flops_per_second", 0.0)),
+                    }
+                    for name, numbers in best["result"]["guidances"].items()
+                },
+            }
+    if "jax_training" in summary and "torch_training" in summary:
+        ours, theirs = (summary[f"{side}_training"]["images_per_second"] for side in ("jax", "torch"))
+        summary["training_speed_to_torch"] = ours / theirs
+    if "jax_sampling" in summary and "torch_sampling" in summary:
+        ours, theirs = (summary[f"{side}_sampling"]["cfg"]["seconds_per_row"] for side in ("jax", "torch"))
+        summary["cfg_sampling_speed_to_torch"] = theirs / ours
+    return summary
+
+
+VARIANT_FIELDS = tuple(field.name for field in dataclasses.fields(Variant))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small", help="full is DiT-XL/2 on latents of 32 x 32 x 4")
+    parser.add_argument("--output", type=Path, help="JSON file; default results/step_gpu.json (full), step_cpu.json")
+    parser.add_argument("--budget_seconds", type=float, default=3600.0, help="start no variant after so long")
+    parser.add_argument("--variant_seconds", type=float, default=240.0, help="end a worker that is silent for so long")
+    for name in ("worker", "indices", "deadline"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        indices = [int(index) for index in given.indices.split(",")]
+        work(given.worker, SIZES[given.size], indices, float(given.deadline))
+        return
+    output = given.output or ROOT / f"results/step_{'gpu' if given.size == 'full' else 'cpu'}.json"
+    content = run(given.size, output, given.budget_seconds, given.variant_seconds)
+    print(json.dumps(content["summary"], indent=2))
+    print(f"written: {output} ({content['seconds']:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

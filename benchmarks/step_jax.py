@@ -1,0 +1,185 @@
+"""The side of benchmarks/step.py that is this project: its real training step and its real sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import runpy
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from step_variants import Size, Variant, median_seconds
+
+from nag_jax import flops, loading
+from nag_jax.config import Config, from_config_dict
+from nag_jax.denoiser import LatentSpace, Params
+from nag_jax.diffusion import guidance
+from nag_jax.diffusion.sampler import Sampler
+from nag_jax.diffusion.stepping import make_stepper
+from nag_jax.jobs import experiment
+from nag_jax.models.dit import init_params
+from nag_jax.parallel import batch_sharding, init_sharded, make_mesh, shard_batch
+from nag_jax.training.ema import decay_per_step
+from nag_jax.training.optimizer import make_optimizer
+from nag_jax.training.state import TrainState, init_state
+from nag_jax.training.step import jit_train_step, make_train_step
+
+ROOT = Path(__file__).resolve().parent.parent
+GUIDED_CHANNELS = 3
+GUIDANCES = {
+    "plain": guidance.plain(),
+    "cfg": guidance.cfg(1.5, channels=GUIDED_CHANNELS),
+    "nag": guidance.nag(1.0),
+    "cfg+nag": guidance.cfg(1.5, channels=GUIDED_CHANNELS) + guidance.nag(1.0),
+}
+
+
+def environment() -> dict[str, Any]:
+    flags = {name: os.environ[name] for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION") if name in os.environ}
+    return experiment.environment() | {"flags": flags}
+
+
+def device_kind() -> str:
+    return jax.devices()[0].device_kind
+
+
+def measured_flops(size: Size) -> float:
+    """FLOP a second of one large matrix product of random numbers in the dtype of the computation."""
+    shape = (size.matmul_size, size.matmul_size)
+    a, b = (jax.random.normal(jax.random.key(seed), shape, size.dtype) for seed in range(2))
+    matmul = jax.jit(jnp.matmul)
+    count = 20
+
+    def chain() -> None:
+        for _ in range(count):
+            product = matmul(a, b)
+        jax.block_until_ready(product)
+
+    return count * 2 * size.matmul_size**3 / median_seconds(chain, repeats=3)
+
+
+def measure(size: Size, variant: Variant) -> dict[str, Any]:
+    return {"train": measure_training, "sample": measure_sampling}[variant.job](size, variant)
+
+
+def make_config(size: Size, variant: Variant) -> Config:
+    """The config of the paper's experiment on ImageNet, with the network of `size`."""
+    config = from_config_dict(runpy.run_path(str(ROOT / "configs/imagenet256.py"))["get_config"]("sit_xl2,nag"))
+    network = {"size": "", "depth": size.depth, "hidden_size": size.hidden_size, "num_heads": size.num_heads}
+    model = dataclasses.replace(config.model, **network, dtype=size.dtype, remat="none")
+    return dataclasses.replace(
+        config, batch_size=variant.batch_size, model=dataclasses.replace(model, **variant.options)
+    )
+
+
+def describe(size: Size, config: Config) -> loading.ModelDescription:
+    shape = (size.side, size.side, 4)
+    return loading.describe(config, num_classes=size.num_classes, sample_shape=shape, latent=LatentSpace())
+
+
+def random_params(description: loading.ModelDescription, key: jax.Array) -> Params:
+    """Fresh parameters, random in the gates too: products with the zeros of a fresh network run faster on a GPU."""
+    params = init_params(description.network(), key)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [leaf + 0.02 * jax.random.normal(each, leaf.shape) for leaf, each in zip(leaves, keys, strict=True)]
+    return structure.unflatten(noisy)
+
+
+def measure_training(size: Size, variant: Variant) -> dict[str, Any]:
+    config = make_config(size, variant)
+    description = describe(size, config)
+    mesh = make_mesh(config.parallel)
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+
+    def fresh(key: jax.Array) -> TrainState:
+        return init_state(random_params(description, key), optimizer, tuple(config.ema))
+
+    state, shardings = init_sharded(fresh, mesh, jax.random.key(0))
+    decays = {name: decay_per_step(average, config.batch_size) for name, average in config.ema.items()}
+    step = make_train_step(description.denoiser(), config.objective, optimizer, decays)
+    rng = np.random.default_rng(0)
+    host_batch = {
+        "moments": rng.standard_normal((config.batch_size, size.side, size.side, 8)).astype(np.float16),
+        "label": rng.integers(size.num_classes, size=config.batch_size).astype(np.int32),
+    }
+    batch, run_key = shard_batch(mesh, host_batch), jax.random.key(1)
+    begin = time.perf_counter()
+    compiled = jit_train_step(step, mesh, shardings, batch_sharding(mesh)).lower(state, batch, run_key).compile()
+    compile_seconds = time.perf_counter() - begin
+
+    metrics: Any = None
+
+    def chain() -> None:
+        nonlocal state, metrics
+        for _ in range(size.steps):
+            state, metrics = compiled(state, batch, run_key)
+        jax.block_until_ready((state, metrics))
+
+    seconds = median_seconds(chain, size.repeats) / size.steps
+    return {
+        "seconds_per_step": seconds,
+        "images_per_second": config.batch_size / seconds,
+        "flops_per_second": config.batch_size * flops.dit_training(config.model, description.sample_shape) / seconds,
+        "compile_seconds": compile_seconds,
+        "loss": float(metrics["loss"]),
+        "compiler_memory_bytes": compiler_memory(compiled.memory_analysis()),
+        "peak_bytes_of_the_process": peak_bytes(),
+    }
+
+
+def measure_sampling(size: Size, variant: Variant) -> dict[str, Any]:
+    """Every guidance on the same noise: time of one row (one evaluation of all branches) and what it is to plain."""
+    config = make_config(size, variant)
+    description = describe(size, config)
+    params = jax.jit(functools.partial(random_params, description))(jax.random.key(0))
+    sampler = Sampler(
+        description.denoiser(params),
+        GUIDANCES,
+        stepper=make_stepper(config.sampling.stepper),
+        num_steps=size.steps,
+    )
+    labels = np.arange(variant.batch_size) % size.num_classes
+    indices = np.arange(variant.batch_size, dtype=np.uint32)
+    rows = sampler.evaluations_per_image["plain"]
+    by_guidance: dict[str, Any] = {}
+    for name in GUIDANCES:
+
+        def chain(name: str = name) -> None:
+            jax.block_until_ready(sampler(name, labels, seed=0, indices=indices).x)
+
+        begin = time.perf_counter()
+        chain()
+        first_call = time.perf_counter() - begin
+        seconds = median_seconds(chain, size.repeats)
+        evaluations = sampler.evaluations_per_image[name]
+        operations = variant.batch_size * flops.dit_sampling(config.model, description.sample_shape, evaluations)
+        by_guidance[name] = {
+            "seconds_per_row": seconds / rows,
+            "evaluations_per_row": evaluations / rows,
+            "flops_per_second": operations / seconds,
+            "first_call_seconds": first_call,
+        }
+    for numbers in by_guidance.values():
+        numbers["ratio_to_plain"] = numbers["seconds_per_row"] / by_guidance["plain"]["seconds_per_row"]
+    return {
+        "compile_seconds": by_guidance["plain"]["first_call_seconds"] - rows * by_guidance["plain"]["seconds_per_row"],
+        "guidances": by_guidance,
+        "peak_bytes_of_the_process": peak_bytes(),
+    }
+
+
+def compiler_memory(analysis: Any) -> dict[str, int]:
+    names = ("argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes", "temp_size_in_bytes")
+    return {name.removesuffix("_size_in_bytes"): getattr(analysis, name) for name in names}
+
+
+def peak_bytes() -> int | None:
+    """The device memory's peak since the process began, which holds the variants before; None where unknown."""
+    stats = jax.devices()[0].memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None
