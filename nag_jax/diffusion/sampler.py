@@ -123,6 +123,7 @@ class Sampler:
             denoiser.process.check_conversion(times, denoiser.prediction, kind)
         observed = observed_rows(step_rows, observe_times) if observer is not None else np.zeros(len(times), bool)
         self.observed_times = times[observed]
+        self.num_rows = len(times)
 
         tables = {
             name: guidance.tables(times, denoiser.sample_shape[-1]) for name, guidance in guidances.items()
