@@ -150,6 +150,8 @@ def _tpu_devices(generation: str, shape: str) -> tuple[Any, ...]:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    # Compiling touches no TPU, so it need not wait for another process that holds the library.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     # JAX drives both cores of a v4 chip as one device, which has to be asked for here.
