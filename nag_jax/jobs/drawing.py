@@ -107,12 +107,13 @@ def _draw_batch(
     """Samples first ... first + batch_size on the host; the last batch is filled up with the first samples."""
     indices = np.arange(first, first + batch_size) % len(labels)
     place = batch_sharding(experiment.mesh)
-    samples = sampler(
-        name,
-        jax.device_put(labels[indices], place),
-        seed=experiment.config.eval.seed,
-        indices=jax.device_put(indices.astype(np.uint32), place),
-    )
+    with jax.set_mesh(experiment.mesh):  # for `parallel.keep_rows_apart`
+        samples = sampler(
+            name,
+            jax.device_put(labels[indices], place),
+            seed=experiment.config.eval.seed,
+            indices=jax.device_put(indices.astype(np.uint32), place),
+        )
     finite, observations = jax.device_get((_finite_rows(samples.x), samples.observations))
     if not finite.all():
         row = int(np.argmin(finite))

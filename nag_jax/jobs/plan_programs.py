@@ -164,11 +164,12 @@ def compile_sampling(
     name = max(samplers, key=lambda name: samplers[name].evaluations_per_image[name])
     evaluations = samplers[name].evaluations_per_image[name]
     batch_size = sampling_batch_size(config, mesh)
-    lowered = samplers[name].lower(
-        name,
-        jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=place),
-        jax.ShapeDtypeStruct((batch_size,), jnp.uint32, sharding=place),
-    )
+    with jax.set_mesh(mesh):  # as `drawing` does
+        lowered = samplers[name].lower(
+            name,
+            jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=place),
+            jax.ShapeDtypeStruct((batch_size,), jnp.uint32, sharding=place),
+        )
     operations = batch_size * flops.dit_sampling(description.model, description.sample_shape, evaluations)
     # Every row of the sampler reads the parameters and goes through its temporaries again.
     return name, _compile(lowered, operations, runs=samplers[name].num_rows)
