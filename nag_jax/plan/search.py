@@ -61,8 +61,11 @@ def largest_fitting(
             return Largest(fits, too_large)
         highest = LARGEST_STEP * max(known) if too_large is None else too_large - 1
         guess = _line_meets(known, limit, fixed_bytes)
-        if guess is None or not fits < guess <= highest:
+        if guess is None:
             guess = highest if too_large is None else (fits + too_large) // 2
+        elif guess <= fits:  # By the line nothing larger fits; one try a little above settles it.
+            guess = fits + max(1, fits // 8)
+        guess = min(guess, highest)
         known[guess] = attempt(guess)
 
 
