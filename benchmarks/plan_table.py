@@ -186,8 +186,7 @@ def fill(cell: Cell) -> dict[str, Any]:
 def table(content: dict[str, Any]) -> str:
     """The cells as a table of Markdown; those that were not compiled stand with the reason."""
     lines = [
-        "| job | network | machine | fsdp | batch | memory of a device, GiB | received, GiB | time at best, ms | lost to "
-        "communication | largest batch |",
+        "| job | network | machine | fsdp | batch | memory, GiB | received, GiB | time, ms | lost | largest batch |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cell in CELLS:

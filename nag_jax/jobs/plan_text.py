@@ -46,8 +46,9 @@ def program_lines(program: dict[str, Any]) -> list[str]:
         return [f"  {'does not fit':<22}the compiler asks for {size}"]
     memory = program["memory"]
     parts = ", ".join(f"{name} {size_text(memory[name])}" for name in ("arguments", "temporaries", "outputs", "code"))
+    verdict = "" if program["fits"] else ": does not fit"
     lines = [
-        f"  {'memory of a device':<22}{size_text(memory['total'])} ({parts}){'' if program['fits'] else ': does not fit'}",
+        f"  {'memory of a device':<22}{size_text(memory['total'])} ({parts}){verdict}",
         f"  {'operations':<22}{program['flops'] / 1e12:.4g} TFLOP",
     ]
     for kind, sums in program["collectives"].items():
