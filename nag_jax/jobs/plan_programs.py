@@ -118,7 +118,7 @@ def compile_training(config: Config, description: ModelDescription, topology: To
     )
     lowered = step.lower(state, training_batch(config, description), _abstract_key())  # type: ignore[attr-defined]
     operations = config.batch_size * flops.dit_training(description.model, description.sample_shape)
-    return _compile(lowered, operations, runs=1)
+    return _compile(lowered, operations, runs=1, argument_bytes=state_bytes(config, description, mesh))
 
 
 def training_batch(config: Config, description: ModelDescription) -> dict[str, jax.ShapeDtypeStruct]:
@@ -172,7 +172,8 @@ def compile_sampling(
         )
     operations = batch_size * flops.dit_sampling(description.model, description.sample_shape, evaluations)
     # Every row of the sampler reads the parameters and goes through its temporaries again.
-    return name, _compile(lowered, operations, runs=samplers[name].num_rows)
+    held = sum(_shard_bytes(leaf, leaf.sharding) for leaf in jax.tree.leaves(params))
+    return name, _compile(lowered, operations, runs=samplers[name].num_rows, argument_bytes=held)
 
 
 def report(program: Program, topology: Topology) -> dict[str, Any]:
@@ -203,7 +204,7 @@ def report(program: Program, topology: Topology) -> dict[str, Any]:
     return content
 
 
-def _compile(lowered: jax.stages.Lowered, operations: float, *, runs: int) -> Program:
+def _compile(lowered: jax.stages.Lowered, operations: float, *, runs: int, argument_bytes: int) -> Program:
     """Compiles; `runs` is how often the temporaries are filled and the arguments read."""
     start = time.perf_counter()
     try:
@@ -211,7 +212,7 @@ def _compile(lowered: jax.stages.Lowered, operations: float, *, runs: int) -> Pr
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Program(None, needed_bytes(str(error)), (), time.perf_counter() - start, operations, 0.0)
+        return Program(None, needed_bytes(str(error), argument_bytes), (), time.perf_counter() - start, operations, 0.0)
     seconds = time.perf_counter() - start
     analysis: Any = compiled.memory_analysis()
     memory = Memory(
@@ -226,10 +227,21 @@ def _compile(lowered: jax.stages.Lowered, operations: float, *, runs: int) -> Pr
     return Program(memory, memory.total, collectives, seconds, operations, moved)
 
 
-def needed_bytes(message: str) -> float | None:
-    """What the compiler says that a program would have needed, in its message of too little memory; None if nothing."""
-    found = re.search(r"Used ([\d.]+)([KMG])\b", message) or re.search(r"required[^()]*\(([\d.]+)([KMG])\)", message)
-    return float(found[1]) * _GIBI[found[2]] if found else None
+def needed_bytes(message: str, argument_bytes: int) -> float | None:
+    """What a program would have needed.
+
+    Args:
+        message: of the compiler, of too little memory.
+        argument_bytes: of the program's arguments, which the message leaves out where it counts temporaries alone.
+
+    Returns:
+        Bytes on each device, or None if the message does not say.
+    """
+    if everything := re.search(r"Used ([\d.]+)([KMG])\b", message):
+        return float(everything[1]) * _GIBI[everything[2]]
+    if temporaries := re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", message):
+        return float(temporaries[1]) * _GIBI[temporaries[2]] + argument_bytes
+    return None
 
 
 def _abstract_key() -> Any:

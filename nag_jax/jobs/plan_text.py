@@ -43,7 +43,7 @@ def program_lines(program: dict[str, Any]) -> list[str]:
     needed = program["needed_bytes"]
     if "memory" not in program:
         size = "more than there is" if needed is None else size_text(needed)
-        return [f"  {'does not fit':<22}the compiler asks for {size}"]
+        return [f"  {'does not fit':<22}it would need {size}"]
     memory = program["memory"]
     parts = ", ".join(f"{name} {size_text(memory[name])}" for name in ("arguments", "temporaries", "outputs", "code"))
     verdict = "" if program["fits"] else ": does not fit"
