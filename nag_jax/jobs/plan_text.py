@@ -53,17 +53,19 @@ def program_lines(program: dict[str, Any]) -> list[str]:
     ]
     for kind, sums in program["collectives"].items():
         received = size_text(sums["received"])
-        lines.append(f"  {kind:<22}{sums['count']} of {size_text(sums['bytes'])}, {received} to each device")
+        lines.append(f"  {kind:<22}{sums['count']}, {size_text(sums['bytes'])} in all, {received} to each device")
     if not program["collectives"]:
         lines.append(f"  {'collectives':<22}none")
     if (line := program.get("roofline")) is None:
         return [*lines, f"  {'time':<22}not estimated: this device's speed is not in the table of chips"]
     least, most = line["communication_share"]
+    parts = ("compute", "memory", "communication")
+    each = ", ".join(f"{part} {duration_text(line[f'{part}_seconds'])}" for part in parts)
+    hidden, bare = duration_text(line["seconds"]), duration_text(line["seconds_without_overlap"])
     return [
         *lines,
-        f"  {'time, estimated':<22}{seconds(line['seconds'])} to {seconds(line['seconds_without_overlap'])}: products "
-        f"{seconds(line['compute_seconds'])}, memory {seconds(line['memory_seconds'])}, communication "
-        f"{seconds(line['communication_seconds'])}",
+        f"  {'time, estimated':<22}{hidden} to {bare}: {each}",
+        f"  {'images a second':<22}{program['batch_size'] / line['seconds']:.4g} at best",
         f"  {'lost to communication':<22}{least:.0%} where it hides behind the rest, {most:.0%} where it does not",
     ]
 
@@ -95,7 +97,7 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def seconds(duration: float) -> str:
+def duration_text(duration: float) -> str:
     """A duration in a unit that suits it."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if duration >= size:
