@@ -59,8 +59,8 @@ def program_lines(program: dict[str, Any]) -> list[str]:
     if (line := program.get("roofline")) is None:
         return [*lines, f"  {'time':<22}not estimated: this device's speed is not in the table of chips"]
     least, most = line["communication_share"]
-    parts = ("compute", "memory", "communication")
-    each = ", ".join(f"{part} {duration_text(line[f'{part}_seconds'])}" for part in parts)
+    resources = ("compute", "memory", "communication")
+    each = ", ".join(f"{part} {duration_text(line[f'{part}_seconds'])}" for part in resources)
     hidden, bare = duration_text(line["seconds"]), duration_text(line["seconds_without_overlap"])
     return [
         *lines,
