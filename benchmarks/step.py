@@ -22,13 +22,15 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from step_variants import SIZES, Size, Variant
 
 from nag_jax import storage
+from nag_jax.flops import dit_forward, dit_training
+from nag_jax.models.dit import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "step benchmark: "  # of the lines in which a worker reports
@@ -70,9 +72,9 @@ def work(framework: str, size: Size, indices: list[int], deadline: float) -> Non
             result = side.measure(size, size.variants[index])
         except Exception as error:
             traceback.print_exc()
-            report(index=index, result={"error": shorten(f"{type(error).__name__}: {error}")})
+            report(result={"error": shorten(f"{type(error).__name__}: {error}")})
             return
-        report(index=index, result=result | {"total_seconds": time.perf_counter() - begin})
+        report(result=result | {"total_seconds": time.perf_counter() - begin})
 
 
 def report(**content: Any) -> None:
@@ -88,7 +90,7 @@ def shorten(message: str) -> str:
 
 
 def reports(command: list[str], variant_seconds: float) -> Iterator[dict[str, Any]]:
-    """What a worker reports; a last {"died": message} if it did not end by itself or was silent for too long."""
+    """What a worker reports; an error at last if it did not end by itself or was silent for too long."""
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdout is not None
@@ -106,7 +108,7 @@ def reports(command: list[str], variant_seconds: float) -> Iterator[dict[str, An
         errors = log.read()
         sys.stderr.write(errors)
         if code:
-            yield {"died": f"the worker ended with code {code}: {errors[-LONGEST_MESSAGE:].strip()}"}
+            yield {"result": {"error": f"the worker ended with code {code}: {errors[-LONGEST_MESSAGE:].strip()}"}}
 
 
 def label(variant: Variant) -> str:
@@ -136,7 +138,7 @@ def run(size_name: str, output: Path, budget_seconds: float, variant_seconds: fl
         "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
         "environment": {},
         "devices": {},
-        "variants": [dataclasses.asdict(variant) | {"result": None} for variant in size.variants],
+        "variants": [],
     }
     pending = list(range(len(size.variants)))
     while pending and time.time() < deadline:
@@ -148,68 +150,67 @@ def run(size_name: str, output: Path, budget_seconds: float, variant_seconds: fl
             if "environment" in message:
                 content["environment"][framework] = message["environment"]
                 content["devices"][framework] = message["device"]
-            elif "started" in message:
+                continue
+            if "started" in message:
                 running = message["started"]
-            else:
-                index = message.get("index", running)
-                result = message["result"] if "result" in message else {"error": message["died"]}
-                content["variants"][index]["result"] = result
-                pending.remove(index)
-                print(f"{label(size.variants[index])}: {json.dumps(result)}", flush=True)
-            content["seconds"] = time.time() - begin
-            storage.write_json(output, content | {"summary": summarize(content)})
-        # A worker that stopped at the deadline leaves the rest of its share; the loop ends for the same reason.
-    content["seconds"] = time.time() - begin
-    content["summary"] = summarize(content)
-    storage.write_json(output, content)
+                continue
+            variant, result = size.variants[running], message["result"]
+            if "error" not in result:
+                result = with_rates(size, variant, result, content["devices"][framework])
+            pending.remove(running)
+            content["variants"].append(dataclasses.asdict(variant) | {"result": result})
+            content |= {"seconds": time.time() - begin, "summary": summarize(content["variants"])}
+            content["not_measured"] = [label(size.variants[index]) for index in pending]
+            storage.write_json(output, content)
+            print(f"{label(variant)}: {json.dumps(result)}", flush=True)
     return content
 
 
-def summarize(content: dict[str, Any]) -> dict[str, Any]:
-    """The best of either side, their ratio, and shares of the device's rates, of what has been measured so far."""
-    done = [variant for variant in content["variants"] if variant["result"] and "error" not in variant["result"]]
-    summary: dict[str, Any] = {}
-    rates = {}
-    if "jax" in content["devices"]:
-        device = content["devices"]["jax"]
-        rates = {"of_peak": peak_flops(device["kind"]), "of_matmul": device["matmul_flops_per_second"]}
+def with_rates(size: Size, variant: Variant, result: dict[str, Any], device: dict[str, Any]) -> dict[str, Any]:
+    """A worker's times with what follows from them: FLOP/s as shares of the device's, and ratios to no guidance."""
+    model = ModelConfig("", size.depth, size.hidden_size, size.num_heads, patch_size=2, learn_sigma=True)
+    shape = (size.side, size.side, 4)
+    rates = {"of_peak": peak_flops(device["kind"]), "of_matmul": device["matmul_flops_per_second"]}
 
     def shares(flops_per_second: float) -> dict[str, float]:
         return {name: flops_per_second / rate for name, rate in rates.items() if rate}
 
-    for framework in ("jax", "torch"):
-        trained = [variant for variant in done if (variant["framework"], variant["job"]) == (framework, "train")]
-        if trained:
-            best = max(trained, key=lambda variant: variant["result"]["images_per_second"])
-            summary[f"{framework}_training"] = {
-                "variant": label(Variant(**{name: best[name] for name in VARIANT_FIELDS})),
-                "images_per_second": best["result"]["images_per_second"],
-                **shares(best["result"].get("flops_per_second", 0.0)),
-            }
-        sampled = [variant for variant in done if (variant["framework"], variant["job"]) == (framework, "sample")]
-        if sampled:
-            best = min(sampled, key=lambda variant: variant["result"]["guidances"]["cfg"]["seconds_per_row"])
-            summary[f"{framework}_sampling"] = {
-                "variant": label(Variant(**{name: best[name] for name in VARIANT_FIELDS})),
-                **{
-                    name: {
-                        "seconds_per_row": numbers["seconds_per_row"],
-                        **({"ratio_to_plain": numbers["ratio_to_plain"]} if "ratio_to_plain" in numbers else {}),
-                        **shares(numbers.get("flops_per_second", 0.0)),
-                    }
-                    for name, numbers in best["result"]["guidances"].items()
-                },
-            }
-    if "jax_training" in summary and "torch_training" in summary:
-        ours, theirs = (summary[f"{side}_training"]["images_per_second"] for side in ("jax", "torch"))
-        summary["training_speed_to_torch"] = ours / theirs
-    if "jax_sampling" in summary and "torch_sampling" in summary:
-        ours, theirs = (summary[f"{side}_sampling"]["cfg"]["seconds_per_row"] for side in ("jax", "torch"))
-        summary["cfg_sampling_speed_to_torch"] = theirs / ours
+    if variant.job == "train":
+        images_per_second = variant.batch_size / result["seconds_per_step"]
+        mine = {"images_per_second": images_per_second} | shares(images_per_second * dit_training(model, shape))
+        return mine | result
+    guidances = {}
+    for name, times in result["guidances"].items():
+        evaluations_per_second = variant.batch_size * times["evaluations_per_row"] / times["seconds_per_row"]
+        ratio = times["seconds_per_row"] / result["guidances"]["plain"]["seconds_per_row"]
+        mine = {"ratio_to_plain": ratio} | shares(evaluations_per_second * dit_forward(model, shape))
+        guidances[name] = mine | times
+    return result | {"guidances": guidances}
+
+
+def summarize(variants: list[dict[str, Any]]) -> dict[str, Any]:
+    """The best variant of each side and job, and how many times as fast ours is, of what has been measured so far."""
+    summary: dict[str, Any] = {}
+    for job, speed in SPEEDS.items():
+        for framework in ("jax", "torch"):
+            done = [
+                variant
+                for variant in variants
+                if (variant["framework"], variant["job"]) == (framework, job) and "error" not in variant["result"]
+            ]
+            if done:
+                summary[f"{framework} {job}"] = max(done, key=lambda variant: speed(variant["result"]))
+        if f"jax {job}" in summary and f"torch {job}" in summary:
+            ours, theirs = (speed(summary[f"{framework} {job}"]["result"]) for framework in ("jax", "torch"))
+            summary[f"{job}: times as fast as torch"] = ours / theirs
     return summary
 
 
-VARIANT_FIELDS = tuple(field.name for field in dataclasses.fields(Variant))
+# What the best variant of a job is the best in; sampling is compared under CFG, which both sides have.
+SPEEDS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "train": lambda result: result["images_per_second"],
+    "sample": lambda result: 1.0 / result["guidances"]["cfg"]["seconds_per_row"],
+}
 
 
 def main() -> None:

@@ -88,7 +88,8 @@ def vae_decode(config: VaeConfig, height: int, width: int) -> int:
     latent = config.latent_channels
     positions = (height // config.downsampling) * (width // config.downsampling)
     features = widths[0]
-    total = positions * (_conv(latent, latent, kernel_size=1) + _conv(latent, features)) + _mid_block(positions, features)
+    total = positions * (_conv(latent, latent, kernel_size=1) + _conv(latent, features))
+    total += _mid_block(positions, features)
     for level, wide in enumerate(widths):
         total += positions * _resnet_blocks(features, wide, config.layers_per_block + 1)
         features = wide

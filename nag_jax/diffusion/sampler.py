@@ -315,7 +315,11 @@ def _run(
     initial: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     """Scans over the rows; returns the samples and what the observer said at every row."""
-    denoiser = dict(program.networks)[MODEL]
+    networks = dict(program.networks)
+    denoiser = networks[MODEL]
+    # Casts of the parameters within the scan would run again for every row.
+    prepared = {name: networks[name].prepare(values) for name, values in params["networks"].items()}
+    params = {**params, "networks": prepared}
     keys = _sample_keys(key, indices)
     x = _draw(keys, jnp.uint32(0), denoiser.sample_shape) if initial is None else initial
 

@@ -161,6 +161,18 @@ def test_held_out_states_depend_on_their_record_alone(written):
     assert len(np.unique(noise.round(4))) == noise.size and 0.7 < noise.std() < 1.3
 
 
+def test_held_out_states_without_variance_are_the_scaled_means(hand_made, tmp_path: Path):
+    config = DataConfig(name="squares", split=SPLIT, latents=str(tmp_path))
+    encoding = hand_made.encoding(11)
+    made = hand_made.records(encoding)
+    moments = made["moments"].copy()
+    moments[..., 3:] = -30.0
+    records = latent_shards.make_records(made["index"], made["label"], moments)
+    hand_made.write(latent_shards.split_folder(config, SPLIT), encoding, records)
+    states, _ = eval_arrays(open_latents(config, SPLIT), config)
+    np.testing.assert_allclose(states, 0.5 * records["moments"][:, 0, ..., :3].astype(np.float32), atol=1e-6)
+
+
 def test_ordered_batches_of_latents(written):
     config, records = written
     batches = list(ordered_batches(open_latents(config, SPLIT), config, batch_size=4))
