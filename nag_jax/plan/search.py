@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-LARGEST_STEP = 8  # how many times as large as what is known to fit the next try may be
+LARGEST_STEP = 8  # how many times as large as anything tried before the next try may be
+LARGEST_GROWTH = 32  # how many times as large as the first try anything may be: beyond, memory is no concern
 
 
 class Attempt(NamedTuple):
@@ -25,7 +26,7 @@ class Largest(NamedTuple):
 
     Attributes:
         fits: the largest multiple that was seen to fit; 0 if none did.
-        too_large: the smallest that was seen not to fit; None if all did.
+        too_large: the smallest that was seen not to fit; None if all did, and larger ones may.
     """
 
     fits: int
@@ -47,19 +48,21 @@ def largest_fitting(
 
     Args:
         attempt: tries a multiple, at least 1.
-        known: what is known already, by multiple; at least one entry. New attempts are added.
+        known: what is known already, by multiple; at least one entry. New attempts are added, of at most
+            `LARGEST_GROWTH` times the smallest.
         limit: bytes of memory.
         fixed_bytes: bytes that do not depend on the batch, for the line through a single point.
         max_attempts: entries of `known` at which the search ends.
     """
+    largest_size = LARGEST_GROWTH * min(known)
     while True:
         fits = max((size for size, one in known.items() if one.fits), default=0)
         too_large = min((size for size, one in known.items() if not one.fits), default=None)
         if too_large is not None and too_large - fits <= max(1, fits // 8):
             return Largest(fits, too_large)
-        if len(known) >= max_attempts:
+        if len(known) >= max_attempts or fits >= largest_size:
             return Largest(fits, too_large)
-        highest = LARGEST_STEP * max(known) if too_large is None else too_large - 1
+        highest = min(LARGEST_STEP * max(known), largest_size) if too_large is None else too_large - 1
         guess = _line_meets(known, limit, fixed_bytes)
         if guess is None:
             guess = highest if too_large is None else (fits + too_large) // 2

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nag_jax.plan.search import Attempt, Largest, largest_fitting
+from nag_jax.plan.search import LARGEST_GROWTH, Attempt, Largest, largest_fitting
 
 
 class Machine:
@@ -33,8 +33,10 @@ def test_the_bracket_holds_the_truth_and_is_narrow_with_enough_attempts(fixed, s
     found, _ = machine.search(first, max_attempts=100)
     truth = int((100.0 - fixed) / slope)
     assert found.fits <= truth
-    assert found.too_large is not None and truth < found.too_large
-    assert found.too_large - found.fits <= max(1, found.fits // 8)
+    if found.too_large is None:
+        assert found.fits == LARGEST_GROWTH * first
+    else:
+        assert truth < found.too_large <= found.fits + max(1, found.fits // 8)
 
 
 def test_linear_memory_is_found_in_a_few_attempts():
@@ -45,8 +47,13 @@ def test_linear_memory_is_found_in_a_few_attempts():
 
 
 def test_it_ends_after_so_many_attempts():
-    found, attempts = Machine(fixed=0.0, slope=1e-9, limit=1.0).search(1, max_attempts=3)
-    assert attempts == 3 and found == Largest(64, None)
+    found, attempts = Machine(fixed=0.0, slope=1e-9, limit=1.0).search(1, max_attempts=2)
+    assert attempts == 2 and found == Largest(8, None)
+
+
+def test_it_ends_where_memory_is_no_concern():
+    found, attempts = Machine(fixed=0.0, slope=1e-9, limit=1.0).search(4)
+    assert (found, attempts) == (Largest(4 * LARGEST_GROWTH, None), 3)
 
 
 def test_nothing_fits():
@@ -54,7 +61,7 @@ def test_nothing_fits():
     assert found == Largest(0, 1)
 
 
-@pytest.mark.parametrize("first", [1, 90, 91, 500])
+@pytest.mark.parametrize("first", [3, 90, 91, 500])
 def test_any_start(first):
     found, _ = Machine(fixed=10.0, slope=1.0, limit=100.0).search(first, max_attempts=20)
     assert found.fits <= 90 < found.too_large
