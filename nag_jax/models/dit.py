@@ -32,6 +32,7 @@ from nag_jax.models.layers import (
     sincos_positions,
     unpatchify,
 )
+from nag_jax.parallel import keep_rows_apart
 
 Params = dict[str, Any]
 
@@ -180,7 +181,7 @@ class DiT(nn.Module):
         if time_embedding_offset is not None:
             noise = noise + time_embedding_offset
         noise = jnp.where(drop_noise[:, None], self.null_noise_embedding, noise)
-        return noise + self.y_embedder(jnp.where(drop_label, self.num_classes, labels))
+        return keep_rows_apart(noise + self.y_embedder(jnp.where(drop_label, self.num_classes, labels)))
 
     def null_conditioning(self, batch: int) -> jax.Array:
         """`conditioning` of `batch` rows with both conditions dropped; the time embedding is never called."""
@@ -207,7 +208,7 @@ class DiT(nn.Module):
             )
         p, (height, width, _) = self.patch_size, self.input_shape
         positions = sincos_positions(height // p, width // p, self.hidden_size)
-        tokens = (self.x_embedder(patchify(x, p)) + positions).astype(self.dtype)
+        tokens = keep_rows_apart((self.x_embedder(patchify(x, p)) + positions).astype(self.dtype))
         return self._run_blocks(tokens, conditioning)
 
     def in_compute_dtype(self, params: Params) -> Params:
@@ -223,7 +224,7 @@ class DiT(nn.Module):
 
     def _run_blocks(self, tokens: jax.Array, conditioning: jax.Array) -> jax.Array:
         def run(block: Block, x: jax.Array, c: jax.Array) -> jax.Array:
-            return block(x, c)
+            return keep_rows_apart(block(x, c))
 
         if self.remat != "none":
             # Inside a scan XLA cannot merge the recomputation with the forward pass: no need to hinder it.
