@@ -106,7 +106,7 @@ class EvalConfig:
         every_steps: evaluate during training every so many steps; 0 for the end alone.
         num_reference: most training and held-out images that are read for features and the noise shift.
         num_resamples: bootstrap resamples behind every interval.
-        save_samples: also write the samples as samples.npz.
+        save_samples: also write the samples, an .npz of ADM's layout for each method.
         feature_net: folder of a converted feature net (FID's Inception, EfficientNet-Lite0), for the distances; "" for
             a classifier that is trained on the training data, and is of no use for `--samples`.
         reference: what distances are measured to: an .npz of statistics such as ADM's, or images (.npz or a folder); ""
