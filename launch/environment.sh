@@ -104,8 +104,10 @@ install() {
   set -- -e ".${extras:+[$extras]}"
   if [[ "$purpose" == test ]] && is_python_311; then
     say "installing the project, the test tools, the parity peers and the TPU compiler (log: .venv/install.log) ..."
-    pip_install "$@" -r requirements/parity.txt -r requirements/plan.txt
+    pip_install "$@" -r requirements/parity.txt
     pip_install --no-deps -r requirements/parity-no-deps.txt
+    # Apart from the rest: where jax can import libtpu it looks for a TPU at every start, and complains that there is none.
+    pip_install --no-deps --target .venv/tpu_compiler -r requirements/plan.txt
   else
     say "installing the project and what it needs${extras:+, with $extras} (log: .venv/install.log) ..."
     pip_install "$@"

@@ -33,6 +33,8 @@ TINY = Config(
     objective=Objective(label_dropout=0.1, noise_dropout=0.1),
     sampling=SamplingConfig(num_steps=3, batch_size=8),
 )
+# launch/environment.sh installs it there, see the reason there.
+sys.path.append(str(Path(sys.prefix) / "tpu_compiler"))
 HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
 
 

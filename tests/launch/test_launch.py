@@ -172,8 +172,9 @@ def test_parity_peers_are_installed_on_python_311_only(project: Project) -> None
     installs = [line.removeprefix(PIP) for line in project.calls("-m pip")]
     if sys.version_info[:2] == (3, 11):
         assert installs == [
-            "-e .[test] -r requirements/parity.txt -r requirements/plan.txt",
+            "-e .[test] -r requirements/parity.txt",
             "--no-deps -r requirements/parity-no-deps.txt",
+            "--no-deps --target .venv/tpu_compiler -r requirements/plan.txt",
         ]
     else:
         assert installs == ["-e .[test]"]
