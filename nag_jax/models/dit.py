@@ -19,8 +19,6 @@ import jax.numpy as jnp
 
 from nag_jax.errors import UserError
 from nag_jax.models.layers import (
-    ACTIVATION,
-    NORM_STATISTICS,
     PRECISIONS,
     AttentionImplementation,
     Block,
@@ -55,13 +53,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": _policies.nothing_saveable,
     "dots": _policies.dots_saveable,
     "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
-    "dots_flash": _policies.save_from_both_policies(
-        _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _is_flash_attention),
-        _policies.save_only_these_names(NORM_STATISTICS),
-    ),
-    "activations": _policies.save_from_both_policies(
-        _policies.save_only_these_names(ACTIVATION, NORM_STATISTICS), _is_flash_attention
-    ),
+    "dots_flash": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _is_flash_attention),
 }
 DTYPES = ("float32", "bfloat16")
 
@@ -80,10 +72,8 @@ class ModelConfig:
         dtype: "float32" or "bfloat16", of the computation; parameters, norms and softmax are always float32.
         precision: "default" (the platform's) or "highest", of matrix products in float32.
         remat: what the backward pass keeps of a block: "none" (no rematerialisation), "full" (keep nothing),
-            "dots" (keep matrix products), "dots_no_batch" (keep those without a batch dimension: all but attention's),
-            "dots_flash" (these, the output of cuDNN's attention and the statistics of the norms) or "activations"
-            (whatever one kernel hands to the next, so that only elementwise work is done twice; the fastest with
-            unrolled blocks, at 1.4 times the memory of "dots_flash").
+            "dots" (keep matrix products), "dots_no_batch" (keep those without a batch dimension: all but attention's)
+            or "dots_flash" (these, and the output of cuDNN's attention).
         scan_blocks: one compiled block scanned over stacked parameters, or `depth` unrolled blocks.
         attention: implementation of `jax.nn.dot_product_attention`: "xla", "cudnn" (needs bfloat16) or None.
     """
@@ -231,8 +221,7 @@ class DiT(nn.Module):
             run = nn.remat(run, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_blocks)
         if not self.scan_blocks:
             for block in self.blocks:
-                # XLA would merge all blocks' products with the conditioning into one and tune that for minutes.
-                tokens = run(block, *jax.lax.optimization_barrier((tokens, conditioning)))
+                tokens = run(block, tokens, conditioning)
             return tokens
         scan = nn.scan(
             lambda block, x, c: (run(block, x, c), None),
