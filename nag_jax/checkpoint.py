@@ -34,15 +34,22 @@ class CheckpointConfig:
     Attributes:
         every_steps: steps between two saves; the last step is always saved.
         keep: newest checkpoints that are kept, at least 1; with 2 a damaged newest one costs one interval.
+        keep_every_steps: besides these, the checkpoints at multiples of so many steps are kept; 0 for none.
     """
 
     every_steps: int = 1000
     keep: int = 2
+    keep_every_steps: int = 0
 
     def __post_init__(self) -> None:
         for key in ("every_steps", "keep"):
             if getattr(self, key) < 1:
                 raise UserError(f"checkpoint.{key} = {getattr(self, key)} must be at least 1.")
+        if self.keep_every_steps < 0 or self.keep_every_steps % self.every_steps:
+            raise UserError(
+                f"checkpoint.keep_every_steps = {self.keep_every_steps} is no multiple of checkpoint.every_steps = "
+                f"{self.every_steps}: nothing is saved there."
+            )
 
 
 class Checkpoints:
@@ -51,12 +58,20 @@ class Checkpoints:
     Args:
         directory: local (absolute or relative) or gs:// path; made if need be, unless `read_only`.
         keep: newest checkpoints to keep.
+        keep_every_steps: multiples of which are kept too; 0 for none.
         read_only: never writes or deletes anything, for reading beside a running training.
 
     Every process of a run makes one and calls the same methods in the same order.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 2, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep: int = 2,
+        *,
+        keep_every_steps: int = 0,
+        read_only: bool = False,
+    ) -> None:
         path = epath.Path(directory)
         self.directory = path if "://" in os.fspath(directory) else path.absolute()
         self.read_only = read_only
@@ -66,7 +81,9 @@ class Checkpoints:
                 raise UserError(f"There is no checkpoint folder {self.directory}. Give the folder of a training run.")
         else:
             # A save that was killed leaves a temporary folder, which is never listed as a step and is removed here.
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, keep_period=keep_every_steps or None, cleanup_tmp_directories=True
+            )
         with _without_warnings() if read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 

@@ -65,7 +65,7 @@ class SamplingConfig:
         stepper: "euler", "heun", "euler_maruyama", "ddim", "ddpm", "ddpm_learned" or "dpm_solver_pp_2m".
         num_steps: steps of the stepper.
         batch_size: samples drawn at once, over all devices.
-        weights: "params" or the name of an average in `ema`.
+        weights: "params", the name of an average in `ema`, or "sigma_rel=NUMBER", see `loading.load`.
         cfg_scale: classifier-free guidance, off at 1.
         domain_scale: Domain Guidance of a fine-tuned network, off at 1.
         cfg_interval: times (lowest, highest) at which these two act.

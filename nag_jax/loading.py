@@ -10,6 +10,7 @@ description. Sampling itself is `diffusion/sampler.py`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,12 +41,16 @@ from nag_jax.models.noise_estimator import build_estimator
 from nag_jax.noise_shift.calibration import Calibration
 from nag_jax.noise_shift.estimator import make_estimator
 from nag_jax.noise_shift.store import read_estimator
+from nag_jax.training.posthoc_ema import Profile, combination, weighted_sum
 from nag_jax.training.state import TrainState
 
 MODEL_FILE = "model.json"
 NUM_LEVELS_OF_NULL_EMBEDDING = 1000
 NULL_NOISE_INITS = ("mean", "normal", "zeros")  # see `initial_null_noise`
 NULL_NOISE_SEED = 0
+# Weights of this name and a number are put together from stored power-function averages.
+AVERAGE_AFTERWARDS = "sigma_rel="
+LARGEST_AVERAGE_ERROR = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +183,8 @@ def load(path: epath.PathLike, weights: str = "ema", step: int | None = None) ->
 
     Args:
         path: a training folder (the `--workdir` of a run) or a converted one.
-        weights: "params", or the name of an average.
+        weights: "params", the name of an average, or "sigma_rel=NUMBER" for one that is put together of stored
+            power-function averages (`training/posthoc_ema.py`).
         step: checkpoint to read; the newest if None.
 
     Returns:
@@ -220,8 +226,49 @@ def load_measuring_estimator(
 
 def read_params(folder: epath.PathLike, weights: str, step: int | None = None) -> Any:
     """One set of parameters of a training folder, as host arrays. Raises UserError as `load` does."""
-    with Checkpoints(epath.Path(folder) / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore_params(weights, step)
+    folder = epath.Path(folder)
+    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        if not weights.startswith(AVERAGE_AFTERWARDS):
+            return checkpoints.restore_params(weights, step)
+        stored = stored_profiles(folder, checkpoints.steps(), step)
+        wanted = Profile(max(profile.step for profile in stored), _number(weights.removeprefix(AVERAGE_AFTERWARDS)))
+        factors, error = combination(list(stored), wanted)
+        if error > LARGEST_AVERAGE_ERROR:
+            raise UserError(
+                f"The {len(stored)} stored averages of {folder} make {weights} only to {error:.0%}. Ask for a value "
+                "between theirs, or train with more of them (checkpoint.keep_every_steps)."
+            )
+        averages = (checkpoints.restore_params(name, profile.step) for profile, name in stored.items())
+        return weighted_sum(averages, factors.tolist())
+
+
+def stored_profiles(folder: epath.Path, steps: Sequence[int], last: int | None) -> dict[Profile, str]:
+    """The power-function averages in the checkpoints of a training folder, up to step `last`, with their names.
+
+    Raises:
+        UserError: there are none.
+    """
+    averages = storage.read_json(folder / "config.json").get("ema", {}) if (folder / "config.json").exists() else {}
+    widths = {name: float(average.get("sigma_rel", 0.0)) for name, average in averages.items()}
+    stored = {
+        Profile(step, sigma_rel): name
+        for step in steps
+        for name, sigma_rel in widths.items()
+        if sigma_rel > 0.0 and step > 0 and (last is None or step <= last)
+    }
+    if not stored:
+        raise UserError(
+            f"{folder} stores no power-function averages, of which others are put together afterwards. Train with two "
+            "such as ema.short.sigma_rel = 0.05 and ema.long.sigma_rel = 0.10."
+        )
+    return stored
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"{AVERAGE_AFTERWARDS}{text} is no number. Write {AVERAGE_AFTERWARDS}0.1, say.") from error
 
 
 def read_for_fine_tuning(folder: epath.PathLike, description: ModelDescription, weights: str, seed: int) -> Params:

@@ -59,7 +59,11 @@ def run(config: Config, workdir: epath.Path) -> epath.Path:
         loading.write_description(workdir, experiment.description)
 
     # 3. The state: born sharded, or restored bit for bit. 4. The loop.
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    with Checkpoints(
+        workdir / "checkpoints",
+        keep=config.checkpoint.keep,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+    ) as checkpoints:
         state, shardings = make_state(experiment, checkpoints)
         first_step = int(state.step)
         if first_step:

@@ -27,7 +27,7 @@ def make_train_step(
     denoiser: Denoiser,
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    ema_decays: Mapping[str, float],
+    ema_decays: Mapping[str, ema.Decay],
     *,
     accumulation_steps: int = 1,
     axis_name: str | None = None,
@@ -38,7 +38,7 @@ def make_train_step(
         denoiser: what is trained; its own `params` are not used.
         objective: losses and draws.
         optimizer: from `make_optimizer`.
-        ema_decays: decay of each average of the state, by name.
+        ema_decays: decay of each average of the state, by name; one that depends on the steps is a function of them.
         accumulation_steps: micro-batches that run one after the other; the draws do not depend on it.
         axis_name: name of the mapped axis under `pmap`, over which gradients are averaged; None otherwise.
 
@@ -103,7 +103,11 @@ def make_train_step(
             "param_norm": optax.tree.norm(params),
             "buckets": buckets,
         }
-        averages = {name: ema.update(state.ema[name], params, decay) for name, decay in ema_decays.items()}
+        steps = (state.step + 1).astype(jnp.float32)
+        averages = {
+            name: ema.update(state.ema[name], params, decay(steps) if callable(decay) else decay)
+            for name, decay in ema_decays.items()
+        }
         return TrainState(state.step + 1, params, opt_state, averages, state.frozen), metrics
 
     return step
