@@ -266,6 +266,11 @@ def local_sharding(*axes: str) -> NamedSharding:
     return NamedSharding(Mesh(np.array(jax.local_devices()), ("data",)), PartitionSpec(*axes))
 
 
+def local_mesh() -> Mesh:
+    """A mesh over this process' devices, all of them along "data"."""
+    return Mesh(np.array(jax.local_devices()).reshape(-1, 1, 1), AXES)
+
+
 def wait_for_all_hosts(point: str) -> None:
     """Returns when every process has come to `point`."""
     if jax.process_count() > 1:

@@ -201,9 +201,10 @@ def _distances(evaluation: Evaluation | None) -> Html:
 
 def _reference(metrics: Json) -> str:
     """What distances are measured to."""
-    if metrics.get("reference", HELD_OUT) == HELD_OUT:
-        return f"{_count(metrics.get('num_reference'))} held-out images"
-    return f"{_count(metrics.get('num_reference'))} images of {metrics['reference']}"
+    count, reference = metrics.get("num_reference"), metrics.get("reference", HELD_OUT)
+    if reference == HELD_OUT:
+        return f"{_count(count)} held-out images"
+    return f"the stored statistics of {reference}" if count is None else f"{_count(count)} images of {reference}"
 
 
 def _other_metrics(metrics: Json) -> list[Html]:
@@ -220,7 +221,7 @@ def _other_metrics(metrics: Json) -> list[Html]:
         [result.get("guidance", name), *(number(read(result), 4) for read in columns.values())]
         for name, result in methods.items()
     ]
-    caption = "Other metrics of the same features. Lower is better for the limit, sFID and the kernel distance, or KID"
+    caption = "Other metrics of the same features. Lower is better for the limit, sFID and the kernel distance"
     limit = (
         "The limit is the distance for infinitely many samples: a line through the distances of subsets over one over "
         "their size ends there. Where it is far below the distance, more samples are needed."

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -69,6 +69,27 @@ class ImageSet:
         for begin in range(first, self.count, batch_size):
             yield np.stack([self._read(name) for name in self.files[begin : begin + batch_size]])
 
+    def blocks(self, size: int, firsts: Sequence[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """The images from each of `firsts` on, `size` of them; of a folder no other image is read.
+
+        Args:
+            size: images a block; the last of the set may have fewer.
+            firsts: rising multiples of `size`.
+
+        Yields:
+            (number of the first, uint8 [up to size, H, W, 3]).
+
+        Raises:
+            UserError: as `batches`.
+        """
+        if self.files:
+            for first in firsts:
+                yield first, next(self.batches(size, first))
+            return
+        for number, batch in enumerate(self.batches(size, firsts[0])):
+            if firsts[0] + number * size in firsts:
+                yield firsts[0] + number * size, batch
+
     def fingerprint(self) -> str:
         """Content hash: SHA-256 of the .npz file, or of every image file's name and bytes. It reads everything."""
         digest = hashlib.sha256()
@@ -99,6 +120,8 @@ def open_image_set(path: epath.PathLike) -> ImageSet:
         UserError: there is no such file, or it holds no images.
     """
     path = epath.Path(path)
+    if "://" in str(path) and path.is_dir():
+        raise UserError(f"{path} is a folder on an object store. Copy it to this machine, or give an .npz file.")
     if not path.is_dir():
         shape = read_reference(path).image_shape
         if shape is None:
@@ -108,7 +131,7 @@ def open_image_set(path: epath.PathLike) -> ImageSet:
             raise UserError(f"{path} has images of {channels} channels; a metric judges RGB or grey ones.")
         return ImageSet(str(path), (), count, (height, width, 3))
     names = []
-    for folder, _, files in os.walk(os.fspath(path)):
+    for folder, _, files in os.walk(os.fspath(path), followlinks=True):
         inner = os.path.relpath(folder, os.fspath(path))
         names += [os.path.normpath(os.path.join(inner, file)) for file in files if not file.startswith(".")]
     images = tuple(sorted(name for name in names if name.lower().endswith(SUFFIXES)))

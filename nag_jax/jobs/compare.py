@@ -56,7 +56,7 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
         measuring=measuring.estimator,
         guiding=guiding,
     )
-    distances, _ = results.measure_distances(experiment, methods, drawn, judge, folder)
+    distances, _ = results.measure_distances(experiment, methods, drawn, judge, folder, with_other_metrics=False)
     shifts = results.measure_shifts(experiment, drawn, measuring)
     if jax.process_index() == 0:
         comparison = storage.as_json(make_comparison(weights(config), distances, shifts))

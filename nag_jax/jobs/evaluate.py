@@ -76,11 +76,13 @@ def evaluate(experiment: Experiment, network: TrainedNetwork, *, measuring: Meas
     guiding = prepare_guiding(experiment, network, methods)
     conditions = results.sampling_conditions(experiment, network, methods, guiding)
     conditions |= results.measuring_conditions(experiment, judge, measuring)
+    if config.eval.save_samples:  # what is kept of the samples differs, and so must the folder
+        conditions["save_samples"] = True
     folder = experiment.workdir / "eval" / f"step_{network.step}" / results.folder_name(config, conditions)
     if results.is_finished(folder, conditions, last_file="metrics.json"):
         return folder
 
-    results.begin(folder, conditions)
+    conditions = results.begin(folder, conditions)
     drawn = draw(
         experiment,
         network,
@@ -107,6 +109,6 @@ def evaluate(experiment: Experiment, network: TrainedNetwork, *, measuring: Meas
         sampling = sum(each.seconds for each in drawn.values())
         experiment.add_seconds(sampling=sampling, **{"distances and noise shift": time.perf_counter() - start})
         # Written last: a folder with metrics.json is a finished evaluation.
-        storage.write_json(folder / "metrics.json", metrics)
+        storage.write_json(folder / "metrics.json", metrics | {"conditions": conditions})
     results.finish(folder)
     return folder

@@ -6,12 +6,11 @@ last finished block. What is computed of the features is `metrics/`'s affair.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from nag_jax import storage
@@ -19,18 +18,25 @@ from nag_jax.config import Config
 from nag_jax.data.image_sets import ImageSet, open_image_set
 from nag_jax.errors import UserError
 from nag_jax.feature_nets import load_feature_net
+from nag_jax.figures import sample_grid
 from nag_jax.jobs import results
 from nag_jax.jobs.experiment import commit, environment
 from nag_jax.jobs.image_features import extract
-from nag_jax.jobs.scores import check_statistics, measure, open_reference
+from nag_jax.jobs.scores import check_statistics, measure, open_reference, real_side
 from nag_jax.metrics.curve_figure import curve_figure
 from nag_jax.metrics.features import FeatureNet
 from nag_jax.metrics.reference import Reference
 from nag_jax.progress import stage
 
 
-def run(config: Config, samples: epath.PathLike, reference: epath.PathLike, workdir: epath.Path) -> epath.Path:
-    """Judges a set of images; returns the folder evaluate/NAME with conditions.json, metrics.json and curve.png.
+def run(
+    config: Config,
+    samples: epath.PathLike,
+    reference: epath.PathLike,
+    workdir: epath.Path,
+    feature_net: FeatureNet | None = None,
+) -> epath.Path:
+    """Judges a set of images.
 
     Args:
         config: `eval.feature_net`, `eval.inception_score_order`, `eval.seed`, `eval.name` and `sampling.batch_size` are
@@ -38,12 +44,17 @@ def run(config: Config, samples: epath.PathLike, reference: epath.PathLike, work
         samples: an .npz of images or a folder of them.
         reference: the same, or an .npz of statistics.
         workdir: where results go.
+        feature_net: takes the place of `eval.feature_net`, such as a function of yours
+            (`metrics.features.from_function`).
+
+    Returns:
+        The folder evaluate/NAME with conditions.json, metrics.json, samples.png (the first images) and curve.png.
 
     Raises:
         UserError: a file cannot be read or holds something else, there is no feature net, or NAME holds an evaluation
             under other conditions.
     """
-    feature_net = open_feature_net(config)
+    feature_net = feature_net or open_feature_net(config)
     sample_set = open_image_set(samples)
     statistics, reference_set = open_reference(reference)
     check_statistics(statistics, feature_net, str(reference))
@@ -52,7 +63,7 @@ def run(config: Config, samples: epath.PathLike, reference: epath.PathLike, work
     folder = epath.Path(workdir) / "evaluate" / folder_name(config, sample_set, conditions)
     if results.is_finished(folder, conditions, last_file="metrics.json"):
         return folder
-    results.begin(folder, conditions)
+    conditions = results.begin(folder, conditions)
 
     start = time.perf_counter()
     sampled = extract(feature_net, sample_set, folder / results.BLOCKS / "samples", config.sampling.batch_size)
@@ -62,9 +73,11 @@ def run(config: Config, samples: epath.PathLike, reference: epath.PathLike, work
     extracted = time.perf_counter()
     if jax.process_index() == 0:
         with stage("metrics"):
-            metrics, curve = measure(config, feature_net, sampled, real, statistics)
+            metrics, curve = measure(config, feature_net, sampled, real_side(real, statistics))
         metrics["seconds"] = {"features": extracted - start, "metrics": time.perf_counter() - extracted}
         metrics["environment"] = environment()
+        metrics["conditions"] = conditions
+        storage.write_bytes(folder / "samples.png", first_images(sample_set))
         if curve is not None:
             figure = curve_figure({sample_set.name: curve}, feature_net.distance_label)
             storage.write_bytes(folder / "curve.png", figure)
@@ -134,5 +147,12 @@ def folder_name(config: Config, sample_set: ImageSet, conditions: dict[str, Any]
     """`eval.name`, or the samples' name with a digest of the conditions."""
     if config.eval.name:
         return config.eval.name
-    digest = hashlib.sha256(json.dumps(results.comparable(conditions), sort_keys=True).encode()).hexdigest()[:8]
-    return f"{sample_set.name}-{digest}"
+    return f"{sample_set.name}-{results.digest(conditions)}"
+
+
+def first_images(images: ImageSet) -> bytes:
+    """A picture of the first images, up to 80; beside a row stands the number of its first."""
+    per_row, rows = 8, 10
+    first = next(images.batches(per_row * rows))
+    starts = np.arange(len(first)) // per_row * per_row
+    return sample_grid({images.name: (first, starts)}, per_class=per_row)

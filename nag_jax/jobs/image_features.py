@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import jax
@@ -11,10 +12,17 @@ from etils import epath
 from nag_jax.data.image_sets import ImageSet
 from nag_jax.jobs.sample_store import SampleStore
 from nag_jax.jobs.scores import Features, features_of, outputs_in_use
-from nag_jax.metrics.accumulate import MAX_BLOCK_ROWS
 from nag_jax.metrics.features import FeatureNet
 from nag_jax.parallel import wait_for_all_hosts
 from nag_jax.progress import progress
+
+MAX_BLOCK_ROWS = 4096
+MAX_BLOCK_BYTES = 2**30  # of a block's images, which are in memory together
+
+
+def block_rows(images: ImageSet) -> int:
+    """Images of a block."""
+    return min(MAX_BLOCK_ROWS, max(1, MAX_BLOCK_BYTES // math.prod(images.image_shape)))
 
 
 def extract(feature_net: FeatureNet, images: ImageSet, folder: epath.Path, batch_size: int) -> Features:
@@ -36,7 +44,8 @@ def extract(feature_net: FeatureNet, images: ImageSet, folder: epath.Path, batch
     """
     store = SampleStore(folder, images.count)
     missing = {sample for samples in store.missing() for sample in samples}
-    firsts = range(0, images.count, MAX_BLOCK_ROWS)
+    size = block_rows(images)
+    firsts = range(0, images.count, size)
     own = [first for first in firsts[jax.process_index() :: jax.process_count()] if first in missing]
     wait_for_all_hosts(f"images of {images.path}")  # before any host writes a block
     done, total = images.count - len(missing), images.count
@@ -44,12 +53,10 @@ def extract(feature_net: FeatureNet, images: ImageSet, folder: epath.Path, batch
         print(f"{done} of {total} images have their features already.", file=sys.stderr, flush=True)
     if own:
         with progress(f"features of {images.name}", total, done) as report_progress:
-            for number, block in enumerate(images.batches(MAX_BLOCK_ROWS, own[0])):
-                first = own[0] + number * MAX_BLOCK_ROWS
-                if first in own:
-                    store.write(first, len(block), features_of(feature_net, block, batch_size))
-                    done += len(block)
-                    report_progress(done, "")
+            for first, block in images.blocks(size, own):
+                store.write(first, len(block), features_of(feature_net, block, batch_size))
+                done += len(block)
+                report_progress(done, "")
     wait_for_all_hosts(f"features of {images.path}")
     blocks = list(store.read(*outputs_in_use(feature_net)))
     return {tap: np.concatenate([block[tap] for block in blocks]) for tap in outputs_in_use(feature_net)}

@@ -28,7 +28,16 @@ from nag_jax.jobs.estimators import Measuring
 from nag_jax.jobs.experiment import Experiment, TrainedNetwork, commit, config_digest
 from nag_jax.jobs.image_features import extract
 from nag_jax.jobs.methods import Method
-from nag_jax.jobs.scores import POOL, Features, check_statistics, features_of, measure, open_reference
+from nag_jax.jobs.scores import (
+    POOL,
+    Features,
+    check_statistics,
+    distance,
+    features_of,
+    measure,
+    open_reference,
+    real_side,
+)
 from nag_jax.metrics.extrapolation import DistanceCurve
 from nag_jax.metrics.features import FeatureNet
 from nag_jax.metrics.frechet import bootstrap_interval, frechet_distance_from_features, paired_bootstrap_difference
@@ -42,7 +51,7 @@ BLOCKS = "blocks"  # what is drawn already, in a result's folder until its last 
 MAX_BOOTSTRAP_DIMENSION = 512
 
 # What stands among the conditions for information alone: it does not change a number that the others leave equal.
-INFORMATION = ("checkpoint", "config", "commit", "batch_size")
+INFORMATION = ("checkpoint", "config", "commit", "earlier_commits", "batch_size")
 
 
 def sampling_conditions(
@@ -61,6 +70,7 @@ def sampling_conditions(
         "seed": config.eval.seed,
         "dtype": experiment.description.model.dtype,
         "precision": experiment.description.model.precision,
+        "attention": experiment.description.model.attention,
         "device": jax.devices()[0].device_kind,
         "vae": {"name": vae.name, "fingerprint": vae.fingerprint} if vae else None,
         "checkpoint": str(experiment.network_folder),
@@ -71,6 +81,7 @@ def sampling_conditions(
         conditions["original_network"] = params_hash(jax.device_get(experiment.original.params))
     if config.sampling.label_rule == "reference":
         conditions["reference"] = experiment.eval_source.fingerprint
+        conditions["num_reference_labels"] = len(experiment.eval_states[1])
     return conditions
 
 
@@ -92,6 +103,7 @@ def measuring_conditions(experiment: Experiment, judge: Judge, measuring: Measur
     conditions: dict[str, Any] = {
         "features": {"name": feature_net.name, "fingerprint": feature_net.fingerprint},
         "num_resamples": experiment.config.eval.num_resamples,
+        "inception_score_order": experiment.config.eval.inception_score_order,
     }
     if experiment.config.eval.reference:
         conditions["judged_against"] = {
@@ -107,8 +119,12 @@ def folder_name(config: Config, conditions: dict[str, Any]) -> str:
     """`eval.name`, or a readable digest of the conditions."""
     if config.eval.name:
         return config.eval.name
-    digest = hashlib.sha256(json.dumps(comparable(conditions), sort_keys=True).encode()).hexdigest()[:8]
-    return f"{config.sampling.stepper}-{config.sampling.num_steps}-n{config.eval.num_samples}-{digest}"
+    return f"{config.sampling.stepper}-{config.sampling.num_steps}-n{config.eval.num_samples}-{digest(conditions)}"
+
+
+def digest(conditions: dict[str, Any]) -> str:
+    """Eight hexadecimal digits that differ between conditions."""
+    return hashlib.sha256(json.dumps(comparable(conditions), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def comparable(conditions: dict[str, Any]) -> dict[str, Any]:
@@ -121,20 +137,36 @@ def is_finished(folder: epath.Path, conditions: dict[str, Any], last_file: str) 
     if not (folder / "conditions.json").exists():
         return False
     stored, wanted = comparable(storage.read_json(folder / "conditions.json")), comparable(conditions)
-    differing = [key for key in wanted if stored.get(key) != wanted[key]]
+    differing = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
     if differing:
         raise UserError(
             f"{folder} holds results under other conditions: {', '.join(differing)} differ. "
             "Choose another config.eval.name, or leave it empty."
         )
-    return (folder / last_file).exists()
+    if not (folder / last_file).exists():
+        return False
+    finish(folder)  # where a run was killed before it could
+    return True
 
 
-def begin(folder: epath.Path, conditions: dict[str, Any]) -> None:
-    """Says what `folder` will hold, before anything is drawn: blocks that a killed run leaves there are of these."""
+def begin(folder: epath.Path, conditions: dict[str, Any]) -> dict[str, Any]:
+    """Says what `folder` will hold, before anything is drawn: blocks that a killed run leaves there are of these.
+
+    Returns:
+        The conditions, and the commits of killed runs whose blocks this one goes on from, if they were others.
+    """
+    file = folder / "conditions.json"
+    if file.exists():
+        stored = storage.read_json(file)
+        commits = [*stored.get("earlier_commits", []), stored.get("commit")]
+        others = [commit for commit in dict.fromkeys(commits) if commit != conditions["commit"]]
+        if others:
+            conditions = conditions | {"earlier_commits": others}
+    wait_for_all_hosts("conditions that were there")
     if jax.process_index() == 0:
-        storage.write_json(folder / "conditions.json", conditions)
+        storage.write_json(file, conditions)
     wait_for_all_hosts("conditions")
+    return conditions
 
 
 def finish(folder: epath.Path) -> None:
@@ -183,7 +215,13 @@ def check_judge(config: Config) -> None:
 
 
 def measure_distances(
-    experiment: Experiment, methods: dict[str, Method], drawn: dict[str, Drawn], judge: Judge, folder: epath.Path
+    experiment: Experiment,
+    methods: dict[str, Method],
+    drawn: dict[str, Drawn],
+    judge: Judge,
+    folder: epath.Path,
+    *,
+    with_other_metrics: bool = True,
 ) -> tuple[dict[str, Any], dict[str, DistanceCurve]]:
     """Judges the samples of every method on their features.
 
@@ -193,6 +231,7 @@ def measure_distances(
         drawn: their samples.
         judge: feature net and reference.
         folder: where features of a reference's images are kept until the result is written.
+        with_other_metrics: besides the Fréchet distance, the other metrics of `scores` and the curve.
 
     Returns:
         (content of metrics.json: for every method its distance with a bootstrap interval, and the metrics of `scores`,
@@ -201,36 +240,35 @@ def measure_distances(
     config, feature_net = experiment.config, judge.feature_net
     bootstrap = {"num_resamples": config.eval.num_resamples, "seed": config.eval.seed}
     real = reference_features(experiment, judge, folder)
+    side = real_side(real, judge.statistics)
     # A resample costs a distance, and the interval is meant for few dimensions; see `bootstrap_interval`.
     resampled = real[POOL] if real is not None and feature_net.dimension <= MAX_BOOTSTRAP_DIMENSION else None
     methods_json: dict[str, Any] = {}
     curves: dict[str, DistanceCurve] = {}
     for name, each in drawn.items():
-        measured, curve = measure(config, feature_net, each.features, real, judge.statistics)
-        distance = measured.pop("frechet_distance", None)
-        if curve is not None:
-            curves[name] = curve
         vectors = each.features[POOL]
+        measured: dict[str, Any] = {}
+        if with_other_metrics:
+            measured, curve = measure(config, feature_net, each.features, side)
+            if curve is not None:
+                curves[name] = curve
+        measured_distance = measured.pop("frechet_distance", {})
         methods_json[name] = {
             "guidance": methods[name].text,
-            "frechet_distance": distance and distance["value"],
+            "frechet_distance": None if side.pool is None else distance(side.pool, vectors),
             "interval": None if resampled is None else bootstrap_interval(vectors, resampled, **bootstrap),
             "evaluations_per_image": each.evaluations_per_image,
             "estimator_calls_per_image": each.estimator_calls_per_image,
             "seconds": each.seconds,
-            "curve": distance and distance.get("curve"),
-        } | {key: value for key, value in measured.items() if key not in ("num_samples", "num_reference")}
+            "curve": measured_distance.get("curve"),
+        } | {key: value for key, value in measured.items() if not key.startswith("num_")}
     if resampled is not None and "plain" in drawn:
         plain = drawn["plain"].features[POOL]
         for name in drawn.keys() - {"plain"}:
             gap = methods_json[name]["frechet_distance"] - methods_json["plain"]["frechet_distance"]
             interval = paired_bootstrap_difference(drawn[name].features[POOL], plain, resampled, **bootstrap)
             methods_json[name]["difference_to_plain"] = {"value": gap, "interval": interval}
-    floor, num_reference = None, None
-    if real is not None:
-        num_reference = len(real[POOL])
-    elif judge.statistics is not None and judge.statistics.pool is not None:
-        num_reference = judge.statistics.pool.count
+    floor = None
     if real is not None and not config.eval.reference:
         floor = real_against_real(experiment, feature_net, real[POOL], bootstrap)
     return {
@@ -244,7 +282,8 @@ def measure_distances(
         },
         "reference": config.eval.reference or "held-out images",
         "num_samples": config.eval.num_samples,
-        "num_reference": num_reference,
+        "num_reference": side.num_reference,
+        "num_reference_images": None if real is None else len(real[POOL]),
     }, curves
 
 

@@ -67,10 +67,17 @@ class SampleStore:
         Raises:
             UserError: samples are missing, or a file is damaged.
         """
-        missing = self.missing()
+        missing, blocks = self.missing(), self._blocks()
         if missing:
             raise UserError(f"{self.folder} lacks samples {missing[0].start} to {missing[0].stop - 1}.")
-        for block in self._blocks():
+        ends = [0, *(block.samples.stop for block in blocks)]
+        for end, block in zip(ends, blocks, strict=False):
+            if block.samples.start != end or block.samples.stop > self.count:
+                raise UserError(
+                    f"{block.file} overlaps with another block or with the end: two runs wrote into {self.folder}. "
+                    "Delete the folder and run the command again, alone."
+                )
+        for block in blocks:
             try:
                 with np.load(io.BytesIO(block.file.read_bytes()), allow_pickle=False) as arrays:
                     found = {name: arrays[name] for name in names}

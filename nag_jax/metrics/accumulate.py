@@ -13,8 +13,6 @@ hence a shift near the mean, where M is the covariance. In practice the error is
 from __future__ import annotations
 
 import functools
-import io
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,11 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike, NDArray
 
-from nag_jax import storage
 from nag_jax.errors import UserError
 from nag_jax.metrics.blocks import block_size, fill_up, num_parts, split_rows
 from nag_jax.metrics.checks import check_same_dimension
@@ -172,25 +168,6 @@ def moments_in_blocks(
         rows = np.asarray(features[begin : begin + size], np.float32)
         state = add_block(state, fill_up(rows, size), np.arange(size) < len(rows), mesh)
     return state
-
-
-def save(path: epath.PathLike, state: RunningMoments) -> None:
-    """Writes the state to an .npz file, whole or not at all, from which `load` goes on bit for bit."""
-    buffer = io.BytesIO()
-    np.savez(buffer, count=state.count, mean=state.mean, scatter=state.scatter, shift=state.shift)
-    storage.write_bytes(path, buffer.getvalue())
-
-
-def load(path: epath.PathLike) -> RunningMoments:
-    """Reads what `save` wrote. Raises UserError if it is missing or damaged."""
-    path = epath.Path(path)
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            return RunningMoments(int(file["count"]), file["mean"], file["scatter"], file["shift"])
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist.") from error
-    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} holds no running moments, or is damaged. Delete it and evaluate again.") from error
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from nag_jax.data.images import to_float
 from nag_jax.errors import UserError
 from nag_jax.parallel import local_sharding
 
@@ -74,7 +75,7 @@ def features(feature_net: FeatureNet, images: np.ndarray, batch_size: int = 256)
 
     Args:
         feature_net: the network.
-        images: [N, H, W, C] float in [-1, 1]; N may be 0.
+        images: [N, H, W, C], bytes or float in [-1, 1]; N may be 0.
         batch_size: images per call of the network, filled up to a multiple of the devices; changes speed and memory
             only.
 
@@ -100,7 +101,7 @@ def tapped_features(
 
     Args:
         feature_net: the network.
-        images: [N, H, W, C] float in [-1, 1]; N may be 0.
+        images: [N, H, W, C], bytes or float in [-1, 1]; N may be 0.
         taps: which of `feature_net.taps`.
         batch_size: images per call of the network.
 
@@ -130,18 +131,18 @@ def _batches(
     images = np.asarray(images)
     if images.ndim != 4:
         raise UserError(f"Features: images have shape {list(images.shape)}; expected [N, H, W, C].")
-    if not np.issubdtype(images.dtype, np.floating):
-        raise UserError(f"Features: images are {images.dtype}; expected float32 in [-1, 1] (x / 127.5 - 1).")
-    images = images.astype(np.float32, copy=False)
-    largest = np.abs(images).max(initial=0.0)
-    if not largest <= 1.0 + PIXEL_TOLERANCE:
-        raise UserError(f"Features: images reach |x| = {largest}; look for NaN, then clip to [-1, 1].")
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise UserError(f"Features: images are {images.dtype}; expected uint8, or float32 in [-1, 1] (x / 127.5 - 1).")
 
     devices = jax.local_device_count()
     batch_size = -(-batch_size // devices) * devices
     compiled, params = jax.jit(function), jax.device_put(params, local_sharding())
     for start in range(0, len(images), batch_size):
         rows = images[start : start + batch_size]
+        rows = to_float(rows) if rows.dtype == np.uint8 else rows.astype(np.float32, copy=False)
+        largest = np.abs(rows).max()
+        if not largest <= 1.0 + PIXEL_TOLERANCE:
+            raise UserError(f"Features: images reach |x| = {largest}; look for NaN, then clip to [-1, 1].")
         batch = np.zeros((batch_size, *images.shape[1:]), np.float32)
         batch[: len(rows)] = rows
         answer = jax.device_get(compiled(params, jax.device_put(batch, local_sharding("data"))))

@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 from etils import epath
 
-from nag_jax import feature_nets
+from nag_jax import feature_nets, storage
 from nag_jax.config import Config, NoiseShiftConfig, from_config_dict
 from nag_jax.data.images import to_float
 from nag_jax.data.sources import DataConfig
-from nag_jax.errors import NagJaxError
-from nag_jax.jobs import drawing, evaluate
+from nag_jax.errors import NagJaxError, UserError
+from nag_jax.jobs import drawing, evaluate, results
 from nag_jax.jobs.drawing import Drawn, draw, images
 from nag_jax.jobs.experiment import Experiment, TrainedNetwork, open_trained
+from nag_jax.jobs.scores import measure, real_side
 from nag_jax.metrics.features import FeatureNet, from_function
 from nag_jax.metrics.frechet import frechet_distance, moments
+from nag_jax.metrics.inception_score import inception_score
 from nag_jax.metrics.reference import write_reference
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -162,6 +164,55 @@ def test_a_reference_file_takes_the_place_of_held_out_images(opened, tmp_path: P
         assert "precision" not in metrics["methods"][method], "statistics have no images to be precise about"
     assert not (folder / "blocks").exists() and not (folder / "noise_shift.json").exists()
     assert evaluate.evaluate(experiment, network) == folder
+
+
+def test_other_conditions_are_seen_from_both_sides(tmp_path: Path):
+    folder = epath.Path(tmp_path)
+    few, more = {"seed": 0, "commit": "a"}, {"seed": 0, "commit": "b", "judged_against": "x"}
+    results.begin(folder, few)
+    assert not results.is_finished(folder, few, last_file="metrics.json")
+    with pytest.raises(UserError, match="judged_against differ"):
+        results.is_finished(folder, more, last_file="metrics.json")
+    storage.write_json(folder / "conditions.json", more)
+    with pytest.raises(UserError, match="judged_against differ"):
+        results.is_finished(folder, few, last_file="metrics.json")
+
+
+def test_a_result_names_the_commits_that_it_was_drawn_with(tmp_path: Path):
+    folder = epath.Path(tmp_path)
+    for commit in ("a", "b", "b", "c"):
+        conditions = results.begin(folder, {"seed": 0, "commit": commit})
+    assert (conditions["earlier_commits"], conditions["commit"]) == (["a", "b"], "c")
+    assert not results.is_finished(folder, {"seed": 0, "commit": "d"}, last_file="metrics.json")
+
+
+def test_three_taps_give_fid_s_numbers(opened, tmp_path: Path):
+    """A network of FID's taps: each goes through the blocks into its own metric."""
+
+    def taps(_, pictures: jax.Array) -> dict[str, jax.Array]:
+        values = quarters(pictures)
+        return {"pool3": values, "spatial": values[:, :2] * 3, "logits_unbiased": values * 5, "other": values}
+
+    widths = {"pool3": 4, "spatial": 2, "logits_unbiased": 4, "other": 4}
+    net = dataclasses.replace(FEATURES, taps=widths, apply_taps=taps)
+    experiment, network = opened
+    methods = evaluate.make_methods(experiment.config)
+    drawn = draw(experiment, network, methods, epath.Path(tmp_path), feature_net=net, keep_images=True)
+    real = {"pool3": np.random.default_rng(0).random((40, 4), np.float32)}
+    real["spatial"] = real["pool3"][:, :2] * 3
+    for each in drawn.values():
+        vectors = np.asarray(quarters(to_float(pictures(each))))
+        assert each.features.keys() == {"pool3", "spatial", "logits_unbiased"}
+        measured, _ = measure(experiment.config, net, each.features, real_side(real, None))
+        assert measured["frechet_distance"]["value"] == pytest.approx(
+            frechet_distance(moments(vectors), moments(real["pool3"])), rel=1e-4
+        )
+        assert measured["spatial_frechet_distance"]["value"] == pytest.approx(
+            frechet_distance(moments(vectors[:, :2] * 3), moments(real["spatial"])), rel=1e-4
+        )
+        assert measured["inception_score"]["mean"] == pytest.approx(inception_score(vectors * 5).mean, rel=1e-4)
+        few = {tap: values[:9] for tap, values in each.features.items()}
+        assert "inception_score" not in measure(experiment.config, net, few, real_side(real, None))[0]
 
 
 def test_a_sample_that_is_not_finite_is_named(opened, tmp_path: Path):

@@ -40,7 +40,7 @@ def sets(tmp_path: Path) -> dict[str, np.ndarray]:
     """samples.npz and reference.npz, of different brightness."""
     rng = np.random.default_rng(0)
     sets = {
-        "samples": rng.integers(0, 200, (50, 8, 8, 3), dtype=np.uint8),
+        "samples": rng.integers(0, 200, (70, 8, 8, 3), dtype=np.uint8),
         "reference": rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8),
     }
     for name, images in sets.items():
@@ -55,7 +55,8 @@ def evaluate(folder: Path, reference: str = "reference.npz", workdir: str = "w",
 
 def metrics_of(folder: Path) -> dict:
     metrics = json.loads((folder / "metrics.json").read_text())
-    for key in ("seconds", "environment"):
+    assert metrics["conditions"] == json.loads((folder / "conditions.json").read_text())
+    for key in ("seconds", "environment", "conditions"):
         metrics.pop(key)
     return metrics
 
@@ -67,9 +68,11 @@ def test_the_numbers_are_those_of_the_features(sets, tmp_path: Path):
     distance = metrics["frechet_distance"]
     assert distance["value"] == pytest.approx(frechet_distance_from_features(sampled, real), rel=1e-4)
     assert distance["label"] == "Fréchet distance on quarters features"  # never FID
-    assert distance["curve"]["sizes"][-1] == 50 and "inception_score" not in metrics
-    assert (metrics["num_samples"], metrics["num_reference"]) == (50, 60)
-    assert metrics["kernel_distance"]["subset_size"] == 50
+    sizes = distance["curve"]["sizes"]
+    assert sizes[-1] == 70 and sizes[0] >= 24, "subsets of fewer than twice the dimensions lie on no line"
+    assert "inception_score" not in metrics
+    assert (metrics["num_samples"], metrics["num_reference"]) == (70, 60)
+    assert metrics["kernel_distance"]["subset_size"] == 60
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / "blocks").exists(), "features are dropped once the metrics are written"
 
@@ -87,7 +90,26 @@ def test_stored_statistics_give_the_distance_of_their_images(sets, tmp_path: Pat
     assert from_statistics["frechet_distance"]["value"] == pytest.approx(
         from_images["frechet_distance"]["value"], rel=1e-4
     )
-    assert "precision" not in from_statistics and from_statistics["num_reference"] is None
+    assert "precision" not in from_statistics
+    assert (from_statistics["num_reference"], from_statistics["num_reference_images"]) == (60, None)
+
+
+def test_statistics_count_for_the_distance_and_images_for_the_rest(sets, tmp_path: Path):
+    """A reference file such as ADM's: statistics of all images, and some of them."""
+    real = np.asarray(vectors(to_float(sets["reference"])))
+    write_reference(tmp_path / "statistics.npz", moments(real))
+    with np.load(tmp_path / "statistics.npz") as stored:
+        np.savez(tmp_path / "both.npz", **stored, arr_0=sets["reference"][:20])
+    metrics, whole = metrics_of(evaluate(tmp_path, reference="both.npz")), metrics_of(evaluate(tmp_path))
+    assert (metrics["num_reference"], metrics["num_reference_images"]) == (60, 20)
+    assert metrics["frechet_distance"]["value"] == pytest.approx(whole["frechet_distance"]["value"], rel=1e-4)
+    assert metrics["coverage"] != whole["coverage"]
+
+
+def test_few_samples_give_no_curve(sets, tmp_path: Path):
+    np.savez(tmp_path / "samples.npz", sets["samples"][:59])
+    folder = evaluate(tmp_path)
+    assert "curve" not in metrics_of(folder)["frechet_distance"] and not (folder / "curve.png").exists()
 
 
 def test_a_killed_evaluation_goes_on_from_its_blocks(sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -111,9 +133,9 @@ def test_a_killed_evaluation_goes_on_from_its_blocks(sets, tmp_path: Path, monke
 
     monkeypatch.setattr(image_features, "features_of", counted)
     folder = evaluate(tmp_path)
-    assert seen == [16, 16, 16, 2, 16, 16, 16, 12], "no block twice: 50 samples, 60 of the reference"
+    assert seen == [16, 16, 16, 16, 6, 16, 16, 16, 12], "no block twice: 70 samples, 60 of the reference"
     assert metrics_of(folder) == whole
-    assert evaluate(tmp_path) == folder and len(seen) == 8, "a finished evaluation is kept"
+    assert evaluate(tmp_path) == folder and len(seen) == 9, "a finished evaluation is kept"
 
 
 def test_other_conditions_under_the_same_name_are_refused(sets, tmp_path: Path):
@@ -125,8 +147,20 @@ def test_other_conditions_under_the_same_name_are_refused(sets, tmp_path: Path):
 
 def test_statistics_of_another_feature_net_and_a_missing_one_are_refused(sets, tmp_path: Path):
     np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(UserError, match="statistics of 2048 dimensions, quarters has 12"):
+    with pytest.raises(UserError, match="mu in .* has 2048 dimensions, quarters has 12"):
         evaluate(tmp_path, reference="other.npz")
     with pytest.raises(UserError, match="needs a feature net"):
         evaluate(tmp_path, config=Config())
     assert not (tmp_path / "w").exists()
+
+
+def test_a_function_of_yours_takes_the_place_of_a_folder(sets, tmp_path: Path):
+    brightness = from_function("brightness", lambda images: images.mean(axis=(1, 2)), 3, fingerprint="b")
+    folder = evaluate_samples.run(
+        Config(), tmp_path / "samples.npz", tmp_path / "reference.npz", epath.Path(tmp_path / "w"), brightness
+    )
+    sampled, real = (to_float(images).mean(axis=(1, 2)) for images in (sets["samples"], sets["reference"]))
+    found = json.loads((folder / "metrics.json").read_text())["frechet_distance"]
+    assert found["value"] == pytest.approx(frechet_distance_from_features(sampled, real), rel=1e-4)
+    assert found["label"] == "Fréchet distance on brightness features"
+    assert (folder / "samples.png").read_bytes().startswith(b"\x89PNG")

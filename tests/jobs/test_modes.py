@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,20 @@ def test_sample_writes_pictures_arrays_and_conditions(finished: Path, runs, tmp_
     assert conditions["sampling"]["num_steps"] == 2 and conditions["step"] == 6
     # The estimator that guides is another one than the one that measures.
     assert {path.name for path in (tmp_path / "w" / "estimator").iterdir()} == {"guide.json", "guide.npz"}
+
+
+def test_samples_after_kill_9_are_those_of_an_undisturbed_run(finished: Path, runs, tmp_path: Path):
+    arguments = ["--mode=sample", f"--checkpoint={finished}", "--config.eval.methods=('nag',)", *FEW]
+    arguments += ["--config.eval.name=mine", "--config.sampling.batch_size=2", "--config.sampling.stepper=euler_maruyama"]
+    runs.finish(tmp_path / "whole", *arguments)
+    blocks = tmp_path / "broken" / "samples" / "mine" / "blocks" / "nag"
+    runs.interrupt(tmp_path / "broken", signal.SIGKILL, lambda: len(list(blocks.glob("*.npz"))) >= 2, *arguments)
+    assert not (tmp_path / "broken" / "samples" / "mine" / "samples.npz").exists()
+    runs.finish(tmp_path / "broken", *arguments)
+    whole, broken = (np.load(tmp_path / name / "samples" / "mine" / "samples.npz") for name in ("whole", "broken"))
+    for name in ("arr_0", "arr_1"):
+        np.testing.assert_array_equal(broken[name], whole[name])
+    assert not blocks.exists()
 
 
 def test_evaluate_into_another_folder_and_a_taken_name(finished: Path, runs, tmp_path: Path):

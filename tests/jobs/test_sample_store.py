@@ -48,6 +48,14 @@ def test_missing_and_damaged_blocks_are_named(tmp_path: Path):
         list(store.read("x"))
 
 
+def test_blocks_of_two_runs_are_not_mixed(tmp_path: Path):
+    store = SampleStore(tmp_path, 10)
+    store.write(0, 6, {"x": np.arange(6)})
+    store.write(4, 6, {"x": np.arange(4, 10)})
+    with pytest.raises(UserError, match="00000004-00000010.npz overlaps .* Delete the folder"):
+        list(store.read("x"))
+
+
 def test_a_block_that_was_being_written_does_not_count(tmp_path: Path):
     (tmp_path / ".00000000-00000010.npz.partial").write_bytes(b"PK")
     assert SampleStore(tmp_path, 10).missing() == [range(10)]

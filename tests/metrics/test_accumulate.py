@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nag_jax.errors import UserError
-from nag_jax.metrics import accumulate
 from nag_jax.metrics.accumulate import add_block, merge, moments_in_blocks, start
 from nag_jax.metrics.frechet import frechet_distance, moments
 
@@ -87,29 +86,6 @@ def test_constant_features_have_no_variance():
     state = moments_in_blocks(np.full((50, 4), 0.1, np.float32), block_rows=16)
     np.testing.assert_array_equal(state.moments().covariance, 0.0)
     np.testing.assert_allclose(state.mean, np.float32(0.1), rtol=1e-7)
-
-
-def test_a_stream_that_stopped_goes_on_bit_for_bit(tmp_path):
-    x, valid = some_features(40), np.ones(10, bool)
-
-    def run(state, blocks):
-        for i in blocks:
-            state = add_block(state, x[10 * i : 10 * i + 10], valid)
-        return state
-
-    whole = run(start(x[:10].mean(axis=0)), range(4))
-    accumulate.save(tmp_path / "moments.npz", run(start(x[:10].mean(axis=0)), range(2)))
-    resumed = run(accumulate.load(tmp_path / "moments.npz"), range(2, 4))
-    assert resumed.count == whole.count
-    for name in ("mean", "scatter", "shift"):
-        one, other = getattr(resumed, name), getattr(whole, name)
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
-    (tmp_path / "moments.npz").write_bytes((tmp_path / "moments.npz").read_bytes()[:200])
-    with pytest.raises(UserError, match="damaged"):
-        accumulate.load(tmp_path / "moments.npz")
-    with pytest.raises(UserError, match="does not exist"):
-        accumulate.load(tmp_path / "nothing.npz")
 
 
 def test_errors_name_what_is_wrong():

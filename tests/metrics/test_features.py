@@ -52,7 +52,7 @@ def test_the_label_names_the_features_and_is_not_fid():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((2, 2, 2, 3), np.uint8), "uint8"),
+        (np.zeros((2, 2, 2, 3), np.int32), "int32; expected uint8, or float32"),
         (np.zeros((2, 2, 3), np.float32), r"\[2, 2, 3\]"),
         (np.full((2, 2, 2, 3), 1.2, np.float32), "clip"),
         (np.full((2, 2, 2, 3), np.nan, np.float32), "NaN"),
