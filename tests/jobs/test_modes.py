@@ -50,7 +50,8 @@ def test_sample_writes_pictures_arrays_and_conditions(finished: Path, runs, tmp_
 
 def test_samples_after_kill_9_are_those_of_an_undisturbed_run(finished: Path, runs, tmp_path: Path):
     arguments = ["--mode=sample", f"--checkpoint={finished}", "--config.eval.methods=('nag',)", *FEW]
-    arguments += ["--config.eval.name=mine", "--config.sampling.batch_size=2", "--config.sampling.stepper=euler_maruyama"]
+    arguments += ["--config.eval.name=mine", "--config.sampling.batch_size=2"]
+    arguments += ["--config.sampling.stepper=euler_maruyama"]
     runs.finish(tmp_path / "whole", *arguments)
     blocks = tmp_path / "broken" / "samples" / "mine" / "blocks" / "nag"
     runs.interrupt(tmp_path / "broken", signal.SIGKILL, lambda: len(list(blocks.glob("*.npz"))) >= 2, *arguments)
