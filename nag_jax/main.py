@@ -58,6 +58,15 @@ SAMPLES = flags.DEFINE_string(
 REFERENCE = flags.DEFINE_string(
     "reference", None, "With --samples: what they are compared with, images or an .npz of statistics."
 )
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "HOST:PORT of process 0 of a job of several processes, see docs/hosts.md. Not needed on a TPU pod or under SLURM.",
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes the job has; 1 runs this one alone, whatever the environment says."
+)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check everything, print the settings and what would run; no work folder is written."
 )
@@ -69,6 +78,14 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"Unknown argument {arguments[1]!r}. Flags look like --workdir=DIR; see --help.")
     if CHECKPOINT.value and MODE.value == "train":
         raise UserError("--checkpoint is for other modes. To train from a network, set --config.init_from=FOLDER.")
+    from nag_jax import hosts
+
+    hosts.start(
+        COORDINATOR_ADDRESS.value,
+        NUM_PROCESSES.value,
+        PROCESS_ID.value,
+        stops_at_one_step=MODE.value == "train",
+    )
     if MODE.value == "encode":
         if CHECKPOINT.value or WORKDIR.value:
             raise UserError("--mode=encode has no --checkpoint and no --workdir; it writes to --config.data.latents.")
@@ -271,13 +288,18 @@ def exit_code(error: BaseException) -> int:
 
 
 def run_main(arguments: list[str]) -> None:
+    from nag_jax import hosts
+
     logging.set_verbosity(logging.WARNING)
     try:
         main(arguments)
+        hosts.wait_for_all("the end")
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from what is saved.", file=sys.stderr, flush=True)
         sys.exit(130)
     except Exception as error:
+        if hosts.is_loss_of_a_process(error):
+            hosts.leave_after_loss(error)
         if DEBUG.value:
             raise
         sys.exit(exit_code(error))

@@ -22,6 +22,7 @@ from nag_jax.data.images import to_uint8
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
 from nag_jax.figures import sample_grid, shown_samples
+from nag_jax.hosts import check_shared, from_first, is_first, wait_for_all
 from nag_jax.jobs import features
 from nag_jax.jobs.drawing import SHOWN_PER_CLASS, Drawn, images, sample_labels
 from nag_jax.jobs.estimators import Measuring
@@ -35,7 +36,7 @@ from nag_jax.metrics.frechet import bootstrap_interval, frechet_distance_from_fe
 from nag_jax.metrics.reference import Reference
 from nag_jax.noise_shift.difference import shift_differences
 from nag_jax.noise_shift.measurement import NoiseShift, compare_answers
-from nag_jax.parallel import wait_for_all_hosts
+from nag_jax.parallel import to_host
 from nag_jax.params_hash import params_hash
 
 BLOCKS = "blocks"  # what is drawn already, in a result's folder until its last file is written
@@ -53,7 +54,7 @@ def sampling_conditions(
     conditions = {
         "step": network.step,
         "network": network.fingerprint,
-        "guiding_estimator": None if guiding is None else params_hash(jax.device_get(guiding.params)),
+        "guiding_estimator": None if guiding is None else params_hash(to_host(guiding.params)),
         "methods": {name: method.text for name, method in methods.items()},
         "sampling": {key: value for key, value in to_dict(config.sampling).items() if key != "batch_size"},
         "batch_size": config.sampling.batch_size,
@@ -68,7 +69,7 @@ def sampling_conditions(
         "commit": commit(),
     }
     if any(method.needs_original for method in methods.values()):
-        conditions["original_network"] = params_hash(jax.device_get(experiment.original.params))
+        conditions["original_network"] = params_hash(to_host(experiment.original.params))
     if config.sampling.label_rule == "reference":
         conditions["reference"] = experiment.eval_source.fingerprint
     return conditions
@@ -118,6 +119,10 @@ def comparable(conditions: dict[str, Any]) -> dict[str, Any]:
 
 def is_finished(folder: epath.Path, conditions: dict[str, Any], last_file: str) -> bool:
     """Whether `folder` holds this result: its last file is there. Raises UserError if it has other conditions."""
+    return from_first(lambda: _is_finished(folder, conditions, last_file))
+
+
+def _is_finished(folder: epath.Path, conditions: dict[str, Any], last_file: str) -> bool:
     if not (folder / "conditions.json").exists():
         return False
     stored, wanted = comparable(storage.read_json(folder / "conditions.json")), comparable(conditions)
@@ -132,16 +137,16 @@ def is_finished(folder: epath.Path, conditions: dict[str, Any], last_file: str) 
 
 def begin(folder: epath.Path, conditions: dict[str, Any]) -> None:
     """Says what `folder` will hold, before anything is drawn: blocks that a killed run leaves there are of these."""
-    if jax.process_index() == 0:
+    if is_first():
         storage.write_json(folder / "conditions.json", conditions)
-    wait_for_all_hosts("conditions")
+    check_shared(folder / "conditions.json")
 
 
 def finish(folder: epath.Path) -> None:
     """Removes the blocks of a result whose last file is written."""
-    if jax.process_index() == 0 and (folder / BLOCKS).exists():
+    if is_first() and (folder / BLOCKS).exists():
         (folder / BLOCKS).rmtree()
-    wait_for_all_hosts("result")
+    wait_for_all("result")
 
 
 class Judge(NamedTuple):
