@@ -99,6 +99,7 @@ def open_run(config: Config, workdir: epath.Path) -> Experiment:
     if (workdir / CONFIG_FILE).exists():
         check_resume(from_config_dict(storage.read_json(workdir / CONFIG_FILE)), config)
     experiment = open_training(config, workdir)
+    batch_part(experiment.mesh, config.batch_size)  # refuses a batch that does not divide
     check_weights(config)
     if (workdir / loading.MODEL_FILE).exists():
         check_same_network(experiment)
@@ -251,7 +252,8 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
                 unread = []
                 log_start, log_step = time.perf_counter(), step
             if is_saved:
-                checkpoints.save(state)
+                # Under pmap each process holds a state of its own, all alike; what is saved is one.
+                checkpoints.save(place(state, pmap_sharding(PMAP_AXIS)) if is_pmap else state)
             if is_evaluated:
                 evaluate.evaluate(experiment, trained_network(experiment, state))
                 log_start = time.perf_counter()
