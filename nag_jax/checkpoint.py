@@ -21,6 +21,7 @@ from etils import epath
 
 from nag_jax.denoiser import Params
 from nag_jax.errors import NagJaxError, UserError
+from nag_jax.hosts import from_first
 from nag_jax.parallel import path_name
 from nag_jax.training.state import TrainState
 
@@ -92,8 +93,8 @@ class Checkpoints:
         return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self.directory))
 
     def latest_step(self) -> int | None:
-        """The newest of `steps`, or None."""
-        return max(self.steps(), default=None)
+        """The newest of `steps`, or None; of several processes what the first one sees."""
+        return from_first(lambda: max(self.steps(), default=None))
 
     def save(self, state: TrainState, extra: Mapping[str, Any] | None = None) -> None:
         """Starts to save `state` under its step; the state may be donated as soon as this returns.
@@ -189,14 +190,16 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # Closing waits for all processes, and some may not have come to this error.
+        if error is None or jax.process_count() == 1:
+            self.close()
 
     def _folder(self, step: int) -> epath.Path:
         return self.directory / str(step)
 
     def _existing_step(self, step: int | None) -> int:
-        steps = self.steps()
+        steps = from_first(self.steps)
         if not steps:
             raise UserError(f"No complete checkpoint in {self.directory}. Train first, or give another folder.")
         if step is None:

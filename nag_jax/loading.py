@@ -35,6 +35,7 @@ from nag_jax.denoiser import (
 from nag_jax.diffusion.process import ProcessConfig, make_process
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
+from nag_jax.hosts import check_shared, is_first, wait_for_all
 from nag_jax.models.dit import DiT, ModelConfig, build_model, dimensions, stack_blocks, unstack_blocks
 from nag_jax.models.layers import TimeEmbedding, normal_init
 from nag_jax.models.noise_estimator import build_estimator
@@ -168,14 +169,18 @@ def write_network(folder: epath.PathLike, description: ModelDescription, params:
         NagJaxError: it cannot be written.
     """
     folder = epath.Path(folder)
-    if (folder / "checkpoints").exists() and not (folder / MODEL_FILE).exists():
+    if is_first() and (folder / "checkpoints").exists() and not (folder / MODEL_FILE).exists():
         (folder / "checkpoints").rmtree()  # what a killed writing left
+    wait_for_all(f"nothing in {folder}")
+    step: Any = np.zeros((), np.int32)  # host arrays, which the first process writes
     state = TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, opt_state=(), ema={"ema": params}, frozen={}
+        step=step, params=params, opt_state=(), ema={"ema": params}, frozen={}
     )
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(state)
-    write_description(folder, description)
+    if is_first():
+        write_description(folder, description)
+    check_shared(folder / MODEL_FILE)
 
 
 def load(path: epath.PathLike, weights: str = "ema", step: int | None = None) -> Denoiser:

@@ -63,6 +63,15 @@ REFERENCE = flags.DEFINE_string(
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "With --mode=plan: the machine to compile for, such as v5e:4x4 or v4-8; local for this one."
 )
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "HOST:PORT of process 0 of a job of several processes, see docs/hosts.md. Not needed on a TPU pod or under SLURM.",
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes the job has; 1 runs this one alone, whatever the environment says."
+)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check everything, print the settings and what would run; no work folder is written."
 )
@@ -81,6 +90,15 @@ def main(arguments: list[str]) -> None:
             raise UserError("--mode=plan has no --checkpoint, --samples or --reference; it works on --config alone.")
         plan_devices(TOPOLOGY.value)
         return
+
+    from nag_jax import hosts
+
+    hosts.start(
+        COORDINATOR_ADDRESS.value,
+        NUM_PROCESSES.value,
+        PROCESS_ID.value,
+        stops_at_one_step=MODE.value == "train",
+    )
     if MODE.value == "encode":
         if CHECKPOINT.value or WORKDIR.value:
             raise UserError("--mode=encode has no --checkpoint and no --workdir; it writes to --config.data.latents.")
@@ -297,13 +315,18 @@ def exit_code(error: BaseException) -> int:
 
 
 def run_main(arguments: list[str]) -> None:
+    from nag_jax import hosts
+
     logging.set_verbosity(logging.WARNING)
     try:
         main(arguments)
+        hosts.wait_for_all("the end")
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from what is saved.", file=sys.stderr, flush=True)
         sys.exit(130)
     except Exception as error:
+        if hosts.is_loss_of_a_process(error):
+            hosts.leave_after_loss(error)
         if DEBUG.value:
             raise
         sys.exit(exit_code(error))

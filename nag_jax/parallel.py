@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nag_jax.errors import UserError
@@ -55,16 +55,17 @@ class ParallelConfig:
 
 
 def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Makes the mesh.
+    """Makes the mesh; of devices in several slices, such as TPU pods joined by a network, data goes across slices.
 
     Args:
         config: sizes of its axes.
-        devices: what it is made of, those of a topology for example; all that there are if None.
+        devices: what it is made of; all that there are if None.
 
     Raises:
-        UserError: the axes do not multiply to the number of devices.
+        UserError: the axes do not multiply to the number of devices, or fsdp x tensor does not fit into a slice.
     """
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     shape = [config.data, config.fsdp, config.tensor]
     others = config.fsdp * config.tensor
     if min(config.fsdp, config.tensor) >= 1 and config.data == -1 and count % others == 0:
@@ -80,7 +81,20 @@ def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> M
             f"parallel.data x fsdp x tensor = {config.data}x{config.fsdp}x{config.tensor} does not use the {count} "
             f"device(s) exactly. What fits: {fitting}."
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if shape[0] % slices:
+        raise UserError(
+            f"The {count} devices are {slices} slices of {count // slices}, and only the data axis goes across slices: "
+            f"parallel.data = {shape[0]} must be a multiple of {slices}. Let parallel.fsdp x parallel.tensor divide "
+            f"{count // slices}."
+        )
+    within = (shape[0] // slices, config.fsdp, config.tensor)
+    placed = mesh_utils.create_hybrid_device_mesh(
+        within, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -213,6 +227,21 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
     return slice(pieces[0][0], pieces[-1][1])
 
 
+def batch_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """Which part of the global batch this process must read, as (number, of how many equal parts).
+
+    Processes that differ along the tensor axis alone read the same one. Raises UserError as `local_rows` does.
+    """
+    rows = local_rows(mesh, batch_size)
+    size = rows.stop - rows.start
+    return rows.start // size, batch_size // size
+
+
+def holds_first_copy(array: jax.Array) -> bool:
+    """Whether the rows of `local_part` are this process' to write, and not copies of another one's."""
+    return any(shard.replica_id == 0 for shard in array.addressable_shards)
+
+
 def local_part(array: jax.Array) -> np.ndarray:
     """The rows of an array split by `batch_sharding` that are this process', in order: those of `local_rows`."""
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
@@ -261,17 +290,46 @@ def check_batch_size(batch_size: int, parts: int, what: str) -> None:
         )
 
 
-def local_sharding(*axes: str) -> NamedSharding:
-    """A sharding over this process' devices, which are the axis "data"; with no axes every device holds all."""
-    return NamedSharding(Mesh(np.array(jax.local_devices()), ("data",)), PartitionSpec(*axes))
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts arrays on the devices.
+
+    Args:
+        tree: of host arrays, the same on every process, or of arrays that are on the devices already.
+        shardings: the same tree of shardings, or one for all.
+
+    Returns:
+        Global arrays. On several processes each copies its own parts only, where `jax.device_put` would send all of
+        every array between them to compare.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        one = shardings
+        shardings = jax.tree.map(lambda _: one, tree)
+    return jax.tree.map(_place, tree, shardings)
+
+
+def _place(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    if jax.process_count() == 1 or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, sharding)
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def to_host(tree: Any) -> Any:
+    """A tree of arrays as numpy arrays; every process must call it, for parts of them may lie with other processes."""
+    return jax.tree.map(_to_host, tree)
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
 
 
 def local_mesh() -> Mesh:
-    """A mesh over this process' devices, all of them along "data"."""
+    """A mesh of this process' devices, all of them along "data"."""
     return Mesh(np.array(jax.local_devices()).reshape(-1, 1, 1), AXES)
 
 
-def wait_for_all_hosts(point: str) -> None:
-    """Returns when every process has come to `point`."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(point)
+def local_sharding(*axes: str) -> NamedSharding:
+    """A sharding over `local_mesh`; with no axes every device holds all."""
+    return NamedSharding(local_mesh(), PartitionSpec(*axes))

@@ -1,4 +1,7 @@
-"""Progress on the terminal with an estimate of the time left. It knows no jobs and writes no files."""
+"""Progress on the terminal with an estimate of the time left, of several hosts the first one's.
+
+It knows no jobs and writes no files.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
+
+from nag_jax.hosts import is_first
 
 ProgressFunction = Callable[[int, str], None]
 
@@ -35,6 +40,7 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[ProgressFunction
         dynamic_ncols=is_terminal,
         ncols=None if is_terminal else 90,
         leave=True,
+        disable=not is_first(),
     ) as bar:
 
         def update(done: int, note: str = "") -> None:
@@ -48,6 +54,9 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[ProgressFunction
 @contextlib.contextmanager
 def stage(title: str) -> Iterator[None]:
     """Says that a stage without countable units begins, and how long it took."""
+    if not is_first():
+        yield
+        return
     print(f"{title} ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
     yield

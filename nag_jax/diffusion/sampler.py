@@ -407,18 +407,21 @@ def _mix(
 def _evaluate_calls(
     network: Denoiser, params: Params, x: jax.Array, t: jax.Array, labels: jax.Array, slot: Mapping[str, jax.Array]
 ) -> Prediction:
-    """All calls as one batch: value [calls, B, ...] and variance likewise."""
+    """All calls as one batch: value [calls, B, ...] and variance likewise.
+
+    A sample's calls stand side by side in it, so that over several devices each sample stays where it is.
+    """
     count, batch = slot["drop_label"].shape[0], x.shape[0]
-    repeated_t = jnp.clip(t[None] + slot["time_shift"][:, None], 0.0, 1.0).reshape(-1)
+    repeated_t = jnp.clip(t[:, None] + slot["time_shift"], 0.0, 1.0).reshape(-1)
     prediction = network(
         params,
-        jnp.concatenate([x] * count),
+        jnp.repeat(x, count, axis=0),
         repeated_t,
-        jnp.tile(labels, count),
-        drop_label=jnp.repeat(slot["drop_label"], batch),
-        drop_noise=jnp.repeat(slot["drop_noise"], batch),
+        jnp.repeat(labels, count),
+        drop_label=jnp.tile(slot["drop_label"], batch),
+        drop_noise=jnp.tile(slot["drop_noise"], batch),
     )
-    return jax.tree.map(lambda leaf: leaf.reshape((count,) + x.shape), prediction)
+    return jax.tree.map(lambda leaf: leaf.reshape(batch, count, *x.shape[1:]).swapaxes(0, 1), prediction)
 
 
 def _posterior_null(

@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from nag_jax import storage
 from nag_jax.config import Config
 from nag_jax.errors import UserError
 from nag_jax.figures import compare_figure
+from nag_jax.hosts import is_first
 from nag_jax.jobs import results
 from nag_jax.jobs.drawing import draw
 from nag_jax.jobs.estimators import prepare_guiding, prepare_measuring
@@ -58,7 +58,7 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     )
     distances, _ = results.measure_distances(experiment, methods, drawn, judge, folder, with_other_metrics=False)
     shifts = results.measure_shifts(experiment, drawn, measuring)
-    if jax.process_index() == 0:
+    if is_first():
         comparison = storage.as_json(make_comparison(weights(config), distances, shifts))
         storage.write_bytes(folder / "compare.png", compare_figure(comparison))
         storage.write_json(folder / "compare.json", comparison)

@@ -17,7 +17,7 @@ from nag_jax.denoiser import LatentSpace, Params
 from nag_jax.errors import UserError
 from nag_jax.loading import check_latent
 from nag_jax.models.vae import decode_latents
-from nag_jax.parallel import BATCH_AXES, batch_sharding, replicated
+from nag_jax.parallel import BATCH_AXES, local_mesh, local_sharding, place, replicated
 
 IMAGES_AT_ONCE = 8  # decoded together on a device: about 2 GiB of activations at 256 x 256 pixels
 
@@ -39,20 +39,19 @@ class Decoder:
     """
 
     def __init__(self, config: DataConfig, latent: LatentSpace | None, mesh: Mesh, network: str) -> None:
-        self.mesh = mesh
         self.vae: VaeDescription | None = None
         self._params: Params = None
+        self._host_params: Params = None
         decode: Callable[[Params, jax.Array], jax.Array] = _change_range
         if latent is not None:
             autoencoder = open_autoencoder(config)
             check_latent(latent, autoencoder.latent, network)
             self.vae = autoencoder.description
-            self._params = jax.device_put(autoencoder.params, replicated(mesh))
+            self._host_params = autoencoder.params
+            self._params = place(autoencoder.params, replicated(mesh))
             decode = functools.partial(_decode_latents, self.vae)
-        rows = PartitionSpec(BATCH_AXES)
-        self._decode: Any = jax.jit(
-            jax.shard_map(decode, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
-        )
+        self._decode = _row_by_row(decode, mesh, PartitionSpec(BATCH_AXES))
+        self._decode_locally = _row_by_row(decode, local_mesh(), PartitionSpec("data"))
 
     def __call__(self, states: jax.Array) -> jax.Array:
         """Images of states.
@@ -66,15 +65,19 @@ class Decoder:
         return self._decode(self._params, states)
 
     def decode_all(self, states: np.ndarray) -> np.ndarray:
-        """Images uint8 [N, H, W, C] of any number of states [N, ...] on the host, a bounded number at a time."""
+        """Images uint8 [N, H, W, C] of any number of states [N, ...] on the host, a bounded number at a time.
+
+        On this process' own devices: one of several may call it alone.
+        """
         if self.vae is None:
             return to_uint8(states)
-        batch_size = IMAGES_AT_ONCE * self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        params = jax.device_put(self._host_params, local_sharding())
+        batch_size = IMAGES_AT_ONCE * jax.local_device_count()
         images = []
         for first in range(0, len(states), batch_size):
             indices = np.arange(first, first + batch_size) % len(states)
-            placed = jax.device_put(states[indices], batch_sharding(self.mesh))
-            images.append(np.asarray(self(placed)))
+            placed = jax.device_put(states[indices], local_sharding("data"))
+            images.append(np.asarray(self._decode_locally(params, placed)))
         return np.concatenate(images)[: len(states)]
 
 
@@ -92,6 +95,11 @@ def open_autoencoder(config: DataConfig) -> Autoencoder:
         "The network works on latents, and nothing decodes its samples: set config.data.vae to the folder of a "
         "converted autoencoder (python -m nag_jax.convert SOURCE FOLDER)."
     )
+
+
+def _row_by_row(decode: Callable[[Params, jax.Array], jax.Array], mesh: Mesh, rows: PartitionSpec) -> Any:
+    """`decode` compiled for a mesh, on each device for its own rows."""
+    return jax.jit(jax.shard_map(decode, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows))
 
 
 def _change_range(params: None, states: jax.Array) -> jax.Array:

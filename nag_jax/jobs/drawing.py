@@ -25,13 +25,22 @@ from nag_jax.diffusion.sampler import Sampler
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import NagJaxError
 from nag_jax.figures import shown_samples
+from nag_jax.hosts import from_first, wait_for_all
 from nag_jax.jobs.experiment import Experiment, TrainedNetwork
 from nag_jax.jobs.methods import Method, make_samplers
 from nag_jax.jobs.sample_store import SampleStore
 from nag_jax.jobs.scores import Features, feature_function, outputs_in_use
 from nag_jax.metrics.features import FeatureNet
 from nag_jax.noise_shift.answers import Answers
-from nag_jax.parallel import BATCH_AXES, batch_sharding, local_part, local_rows, replicated, wait_for_all_hosts
+from nag_jax.parallel import (
+    BATCH_AXES,
+    batch_sharding,
+    holds_first_copy,
+    local_part,
+    local_rows,
+    place,
+    replicated,
+)
 from nag_jax.progress import progress
 
 SHOWN_PER_CLASS = 8
@@ -112,10 +121,9 @@ def draw(
     original = experiment.original if any(method.needs_original for method in methods.values()) else None
     samplers = make_samplers(config, denoiser, methods, measuring=measuring, guiding=guiding, original=original)
     stores = {name: SampleStore(folder / re.sub(r"[^\w.+-]", "_", name), len(labels)) for name in methods}
-    missing = {name: store.missing() for name, store in stores.items()}
+    missing = _agree_on_missing(stores)
     total = len(labels) * len(methods)
     done = total - sum(len(samples) for ranges in missing.values() for samples in ranges)
-    wait_for_all_hosts("samples that are missing")  # before any host writes one
     if done < total:
         look = _Look(experiment, feature_net, shown_samples(labels, SHOWN_PER_CLASS), keep_images)
         with progress("sampling", total, done) as report_progress:
@@ -123,7 +131,7 @@ def draw(
                 for size in _draw_missing(look, sampler, name, labels, missing[name], stores[name]):
                     done += size
                     report_progress(done, name)
-    wait_for_all_hosts("samples")
+    wait_for_all("samples")
     taps = outputs_in_use(feature_net) if feature_net is not None else []
     return {name: _join(stores[name], samplers[name], name, taps) for name in methods}
 
@@ -149,7 +157,7 @@ class _Look:
         self._features: Any = None
         if feature_net is not None:
             function = feature_function(feature_net)
-            self._params = jax.device_put(feature_net.params, replicated(mesh))
+            self._params = place(feature_net.params, replicated(mesh))
             self._features = jax.jit(
                 jax.shard_map(
                     lambda params, images: function(params, to_float(images)),
@@ -174,7 +182,7 @@ class _Look:
         """This host's part of a batch: which samples it is of, and the arrays of a block."""
         (batch_size,) = started["finite"].shape
         own = local_rows(self.experiment.mesh, batch_size)
-        own_samples = samples[own.start : own.stop]
+        own_samples = samples[own.start : own.stop] if holds_first_copy(started["finite"]) else samples[:0]
         arrays = {name: local_part(values)[: len(own_samples)] for name, values in started.items()}
         finite = arrays.pop("finite")
         if not finite.all():
@@ -222,6 +230,14 @@ def _draw_missing(
         before = started, samples
     if before is not None:
         yield write(*before)
+
+
+def _agree_on_missing(stores: Mapping[str, SampleStore]) -> dict[str, list[range]]:
+    """What each store lacks, as the first host sees it."""
+    ends = from_first(
+        lambda: {name: [(each.start, each.stop) for each in store.missing()] for name, store in stores.items()}
+    )
+    return {name: [range(*each) for each in ends[name]] for name in stores}
 
 
 def _parts(samples: range, size: int) -> Iterator[range]:

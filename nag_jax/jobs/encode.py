@@ -2,7 +2,7 @@
 
 Both splits go through the autoencoder's encoder, each image as it is and mirrored, and are written shard by shard into
 `data.latents`; `data/latent_shards.py` says how. What is there already is checked and kept, so the same command goes on
-after a stop. Of several processes of a job each makes its own shards; starting such a job is not in this version.
+after a stop. Of several processes of a job each makes its own shards.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from nag_jax.data.latent_shards import Encoding
 from nag_jax.data.pipeline import batches_of, parts_of
 from nag_jax.data.sources import DataConfig, Source, open_source
 from nag_jax.errors import UserError
+from nag_jax.hosts import check_shared, is_first, wait_for_all
 from nag_jax.jobs.interrupt import Stopped, StopRequest, stop_on_signals
-from nag_jax.parallel import local_sharding, wait_for_all_hosts
+from nag_jax.parallel import local_sharding
 from nag_jax.progress import progress
 
 # Images that a device encodes at once. A batch of this size keeps an accelerator busy at 256 x 256 pixels, and there
@@ -65,15 +66,15 @@ def run(config: Config) -> str:
     works = open_works(config.data, autoencoder)
     with stop_on_signals() as stop:
         for work in works:
-            if process_index == 0:
+            if is_first():
                 latent_shards.begin(work.folder, work.encoding)
-            wait_for_all_hosts(f"begin {work.folder}")
+            check_shared(work.folder / latent_shards.ENCODING_FILE)
             done = encode_shards(work, config.data, autoencoder, stop, process_index, process_count)
             print(done, file=sys.stderr, flush=True)
-            wait_for_all_hosts(f"encoded {work.folder}")
-            if process_index == 0:
+            wait_for_all(f"encoded {work.folder}")
+            if is_first():
                 latent_shards.finish(work.folder, work.encoding)
-    wait_for_all_hosts("finish")
+    wait_for_all("finish")
     return config.data.latents
 
 

@@ -17,6 +17,7 @@ from nag_jax.denoiser import Params
 from nag_jax.diffusion.process import make_process
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
+from nag_jax.hosts import check_same, is_first
 from nag_jax.jobs.experiment import Experiment, TrainedNetwork
 from nag_jax.jobs.methods import Method
 from nag_jax.models.noise_estimator import NoiseEstimator, build_estimator
@@ -25,6 +26,7 @@ from nag_jax.noise_shift.calibration import Calibration, calibrate
 from nag_jax.noise_shift.control import matched_images
 from nag_jax.noise_shift.estimator import Role, estimator_seed, make_estimator, train_estimator
 from nag_jax.noise_shift.store import estimator_conditions, load_estimator, save_estimator
+from nag_jax.parallel import to_host
 from nag_jax.params_hash import params_hash
 from nag_jax.progress import progress
 from nag_jax.training.step import batch_states
@@ -70,7 +72,7 @@ def prepare_measuring(experiment: Experiment, network: TrainedNetwork) -> Measur
         raise UserError("noise_shift.times names no time to measure the noise shift at. Give at least one.")
     estimator, calibration = prepare(experiment, network, "measure")
     assert calibration is not None
-    return Measuring(estimator, calibration, params_hash(jax.device_get(estimator.params)))
+    return Measuring(estimator, calibration, params_hash(to_host(estimator.params)))
 
 
 def prepare_guiding(
@@ -106,6 +108,8 @@ def prepare(experiment: Experiment, network: TrainedNetwork, role: Role) -> tupl
     )
     folder = experiment.workdir / "estimator"
     stored = load_estimator(folder, role, conditions)
+    state = "missing" if stored is None else "not calibrated" if stored[1] is None else "complete"
+    check_same(f"estimator in {folder}", state)  # before the first host writes one
     if stored is not None and (stored[1] is not None or role == "guide"):
         return make_estimator(model, experiment.place(stored[0])), stored[1]
 
@@ -115,7 +119,9 @@ def prepare(experiment: Experiment, network: TrainedNetwork, role: Role) -> tupl
     calibration = None
     if role == "measure":
         calibration = calibrate(estimator, process, experiment.eval_states[0], seed=config.eval.seed)
-    save_estimator(folder, role, trained, calibration, conditions)
+    host_params = to_host(trained)
+    if is_first():
+        save_estimator(folder, role, host_params, calibration, conditions)
     experiment.add_seconds(**{f"estimator ({role})": time.perf_counter() - start})
     return estimator, calibration
 

@@ -6,13 +6,14 @@ kept: the same conditions read it back, other conditions under the same name are
 
 from __future__ import annotations
 
+import os
 import time
 
-import jax
 from etils import epath
 
 from nag_jax import storage
 from nag_jax.config import Config, to_dict
+from nag_jax.hosts import check_shared, from_first, is_first
 from nag_jax.jobs import results
 from nag_jax.jobs.drawing import draw
 from nag_jax.jobs.estimators import Measuring, prepare_guiding, prepare_measuring
@@ -27,8 +28,9 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
     """Evaluates a trained network and returns the path of the report."""
     methods = make_methods(config)
     experiment, network = open_trained(config, workdir, checkpoint, methods, needs_data=needs_data(config))
-    if jax.process_index() == 0 and not (workdir / "config.json").exists():
+    if is_first() and not (workdir / "config.json").exists():
         storage.write_json(workdir / "config.json", to_dict(config))
+    check_shared(workdir / "config.json")
     return evaluate_and_report(experiment, network)
 
 
@@ -43,10 +45,15 @@ def evaluate_and_report(experiment: Experiment, network: TrainedNetwork) -> epat
     Without `eval.methods` there is the report of the training alone.
     """
     if not experiment.config.eval.methods:
-        return write_report(experiment.workdir)
+        return report(experiment)
     measuring = prepare_measuring(experiment, network) if experiment.config.noise_shift.times else None
     folder = evaluate(experiment, network, measuring=measuring)
-    return write_report(experiment.workdir, folder)
+    return report(experiment, folder)
+
+
+def report(experiment: Experiment, evaluation: epath.Path | None = None) -> epath.Path:
+    """Writes the report, with the newest evaluation if none is given; returns its path."""
+    return epath.Path(from_first(lambda: os.fspath(write_report(experiment.workdir, evaluation))))
 
 
 def make_methods(config: Config) -> dict[str, Method]:
@@ -96,7 +103,7 @@ def evaluate(experiment: Experiment, network: TrainedNetwork, *, measuring: Meas
     start = time.perf_counter()
     metrics, curves = results.measure_distances(experiment, methods, drawn, judge, folder)
     shifts = results.measure_shifts(experiment, drawn, measuring) if measuring else {}
-    if jax.process_index() == 0:
+    if is_first():
         results.write_pictures(experiment, drawn, folder)
         if curves:
             storage.write_bytes(folder / "curve.png", curve_figure(curves, judge.feature_net.distance_label))

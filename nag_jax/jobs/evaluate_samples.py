@@ -19,6 +19,7 @@ from nag_jax.data.image_sets import ImageSet, open_image_set
 from nag_jax.errors import UserError
 from nag_jax.feature_nets import load_feature_net
 from nag_jax.figures import sample_grid
+from nag_jax.hosts import is_first
 from nag_jax.jobs import results
 from nag_jax.jobs.experiment import commit, environment
 from nag_jax.jobs.image_features import extract
@@ -71,7 +72,7 @@ def run(
     if reference_set is not None:
         real = extract(feature_net, reference_set, folder / results.BLOCKS / "reference", config.sampling.batch_size)
     extracted = time.perf_counter()
-    if jax.process_index() == 0:
+    if is_first():
         with stage("metrics"):
             metrics, curve = measure(config, feature_net, sampled, real_side(real, statistics))
         metrics["seconds"] = {"features": extracted - start, "metrics": time.perf_counter() - extracted}

@@ -28,11 +28,12 @@ from nag_jax.data.pipeline import eval_arrays
 from nag_jax.data.sources import DataConfig, Source, open_source
 from nag_jax.denoiser import Denoiser, Params
 from nag_jax.errors import UserError
+from nag_jax.hosts import is_first
 from nag_jax.jobs.decoding import Decoder
 from nag_jax.jobs.methods import Method, check_methods
 from nag_jax.loading import ModelDescription
 from nag_jax.models.dit import init_params
-from nag_jax.parallel import make_mesh, param_shardings
+from nag_jax.parallel import make_mesh, param_shardings, place
 from nag_jax.params_hash import params_hash
 
 ENVIRONMENT_FILE = "environment.json"
@@ -130,14 +131,17 @@ class Experiment:
 
     def place(self, params: Params) -> Params:
         """Puts parameters on the devices by the mesh's rules."""
-        return jax.device_put(params, param_shardings(self.mesh, params))
+        return place(params, param_shardings(self.mesh, params))
 
     def add_to_environment(self, stage: str, **entries: Any) -> None:
         """Puts where a stage ("training", "evaluation") runs, and further entries, into environment.json."""
         self._update_environment({stage: environment()} | entries)
 
     def add_seconds(self, **stages: float) -> None:
-        """Adds to the wall time of stages in environment.json; an interrupted and resumed stage adds up."""
+        """Adds to the wall time of stages in environment.json; an interrupted and resumed stage adds up.
+
+        On several hosts the first one's count.
+        """
         known = self._environment().get("seconds", {})
         sums = {name: known.get(name, 0.0) + seconds for name, seconds in stages.items()}
         self._update_environment({"seconds": known | sums})
@@ -147,7 +151,8 @@ class Experiment:
         return storage.read_json(path) if path.exists() else {}
 
     def _update_environment(self, entries: dict[str, Any]) -> None:
-        storage.write_json(self.workdir / ENVIRONMENT_FILE, self._environment() | entries)
+        if is_first():
+            storage.write_json(self.workdir / ENVIRONMENT_FILE, self._environment() | entries)
 
 
 class TrainedNetwork(NamedTuple):
@@ -285,7 +290,8 @@ def describe_experiment(experiment: Experiment, mode: str, methods: Mapping[str,
     lines = [
         f"mode          {mode}",
         f"work folder   {experiment.workdir}",
-        f"devices       {jax.devices()[0].device_kind} x{jax.device_count()} ({mesh})",
+        f"devices       {jax.devices()[0].device_kind} x{jax.device_count()} ({mesh}), "
+        f"{jax.process_count()} process(es)",
         f"network       {parameters:,} parameters, states of shape {description.sample_shape}",
     ]
     in_use = data_in_use(config, methods, needs_data=needs_data)
@@ -309,6 +315,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": f"{device.device_kind} x{jax.device_count()}",
+        "processes": jax.process_count(),
         "commit": commit(),
         "command": " ".join(["python -m nag_jax.main", *map(shlex.quote, sys.argv[1:])]),
     }

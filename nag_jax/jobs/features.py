@@ -8,20 +8,24 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from etils import epath
 
 from nag_jax import feature_nets, storage
 from nag_jax.config import Config, to_dict
+from nag_jax.hosts import from_first, is_first, wait_for_all
 from nag_jax.jobs.experiment import Experiment
 from nag_jax.metrics.features import FeatureNet
 from nag_jax.models.feature_classifier import load_feature_net, save_feature_net, train_feature_classifier
 from nag_jax.progress import progress
+
+DESCRIPTION = "features.json"
 
 
 def prepare(experiment: Experiment) -> tuple[FeatureNet, float | None]:
     """The feature net that distances are measured with, and its accuracy on held-out images where that is known.
 
     Without `eval.feature_net` it is a classifier that lies in features/ and is used again while the settings, the seed
-    and the data are the same.
+    and the data are the same. Of several processes the first trains it, and all read the same file.
     """
     config = experiment.config
     pretrained = read_pretrained(config)
@@ -37,12 +41,20 @@ def prepare(experiment: Experiment) -> tuple[FeatureNet, float | None]:
             "vae": experiment.decoder.vae and experiment.decoder.vae.fingerprint,
         }
     )
-    description = folder / "features.json"
-    if description.exists():
-        stored = storage.read_json(description)
-        if stored["made_with"] == made_with:
-            return load_feature_net(folder / "features.npz"), stored["held_out_accuracy"]
+    if not from_first(lambda: _is_there(folder, made_with)):
+        if is_first():
+            _train(experiment, folder, made_with)
+        wait_for_all("feature classifier")
+    return load_feature_net(folder / "features.npz"), storage.read_json(folder / DESCRIPTION)["held_out_accuracy"]
 
+
+def _is_there(folder: epath.Path, made_with: Any) -> bool:
+    return (folder / DESCRIPTION).exists() and storage.read_json(folder / DESCRIPTION)["made_with"] == made_with
+
+
+def _train(experiment: Experiment, folder: epath.Path, made_with: Any) -> None:
+    """Trains the classifier on this process' devices and writes it."""
+    config = experiment.config
     start = time.perf_counter()
     with progress("feature classifier", config.features.num_steps) as report_progress:
         feature_net, _, accuracy = train_feature_classifier(
@@ -57,11 +69,10 @@ def prepare(experiment: Experiment) -> tuple[FeatureNet, float | None]:
             name=f"{config.data.name}-classifier",
         )
     # The description is removed first and written last: it stands only beside the net that it describes.
-    description.unlink(missing_ok=True)
+    (folder / DESCRIPTION).unlink(missing_ok=True)
     save_feature_net(folder / "features.npz", feature_net)
-    storage.write_json(description, {"made_with": made_with, "held_out_accuracy": accuracy})
+    storage.write_json(folder / DESCRIPTION, {"made_with": made_with, "held_out_accuracy": accuracy})
     experiment.add_seconds(**{"feature classifier": time.perf_counter() - start})
-    return feature_net, accuracy
 
 
 def read_pretrained(config: Config) -> FeatureNet | None:

@@ -10,10 +10,10 @@ import numpy as np
 from etils import epath
 
 from nag_jax.data.image_sets import ImageSet
+from nag_jax.hosts import from_first, is_first, wait_for_all
 from nag_jax.jobs.sample_store import SampleStore
 from nag_jax.jobs.scores import Features, features_of, outputs_in_use
 from nag_jax.metrics.features import FeatureNet
-from nag_jax.parallel import wait_for_all_hosts
 from nag_jax.progress import progress
 
 MAX_BLOCK_ROWS = 4096
@@ -43,13 +43,13 @@ def extract(feature_net: FeatureNet, images: ImageSet, folder: epath.Path, batch
         UserError: an image cannot be read, or a block is damaged.
     """
     store = SampleStore(folder, images.count)
-    missing = {sample for samples in store.missing() for sample in samples}
+    ends = from_first(lambda: [(samples.start, samples.stop) for samples in store.missing()])
+    missing = {sample for first, end in ends for sample in range(first, end)}
     size = block_rows(images)
     firsts = range(0, images.count, size)
     own = [first for first in firsts[jax.process_index() :: jax.process_count()] if first in missing]
-    wait_for_all_hosts(f"images of {images.path}")  # before any host writes a block
     done, total = images.count - len(missing), images.count
-    if done:
+    if done and is_first():
         print(f"{done} of {total} images have their features already.", file=sys.stderr, flush=True)
     if own:
         with progress(f"features of {images.name}", total, done) as report_progress:
@@ -57,6 +57,6 @@ def extract(feature_net: FeatureNet, images: ImageSet, folder: epath.Path, batch
                 store.write(first, len(block), features_of(feature_net, block, batch_size))
                 done += len(block)
                 report_progress(done, "")
-    wait_for_all_hosts(f"features of {images.path}")
+    wait_for_all(f"features of {images.path}")
     blocks = list(store.read(*outputs_in_use(feature_net)))
     return {tap: np.concatenate([block[tap] for block in blocks]) for tap in outputs_in_use(feature_net)}

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class StopRequest:
-    """Which signal asked the job to stop, if any."""
+    """Which signal asked the job to stop, if any.
 
-    def __init__(self) -> None:
+    Args:
+        is_agreed: whether several processes must stop after the same step.
+    """
+
+    def __init__(self, is_agreed: bool = False) -> None:
         self.signal: signal.Signals | None = None
+        self.is_agreed = is_agreed
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def is_due(self, step: int) -> bool:
+        """Whether to stop after `step`; asked after every step. True on all processes after the same one."""
+        if self.is_agreed and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return bool(self)
 
 
 class Stopped(Exception):
@@ -28,20 +43,31 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Within the block the first Ctrl-C or SIGTERM only sets the request; a second one interrupts at once."""
-    request = StopRequest()
+def stop_on_signals(*, at_one_step: bool = False) -> Iterator[StopRequest]:
+    """Within the block the first Ctrl-C or SIGTERM only sets the request; a second one interrupts at once.
+
+    Args:
+        at_one_step: several processes stop together, whichever got the signal: the job asks `StopRequest.is_due`. JAX
+            takes SIGTERM then (see `hosts.start`), tells the others and finds a step that none has passed; Ctrl-C is
+            handed on as SIGTERM. Otherwise each process stops for itself.
+    """
+    request = StopRequest(is_agreed=at_one_step and jax.process_count() > 1)
     previous: dict[signal.Signals, Any] = {}
 
     def handle(number: int, frame: object) -> None:
-        request.signal = signal.Signals(number)
+        if request.is_agreed:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            request.signal = signal.Signals(number)
         for each, handler in previous.items():
             signal.signal(each, handler)
 
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in (signal.SIGINT,) if request.is_agreed else (signal.SIGINT, signal.SIGTERM):
         previous[each] = signal.signal(each, handle)
     try:
         yield request
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
+        if request.is_agreed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not JAX's any more: nothing asks it from here on

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 from etils import epath
 
 from nag_jax import storage
 from nag_jax.config import Config
+from nag_jax.hosts import is_first
 from nag_jax.jobs import results
 from nag_jax.jobs.drawing import draw
 from nag_jax.jobs.estimators import prepare_guiding, prepare_measuring
@@ -36,7 +36,7 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
         experiment, network, methods, folder / results.BLOCKS, measuring=measuring.estimator, guiding=guiding
     )
     shifts = results.measure_shifts(experiment, drawn, measuring)
-    if jax.process_index() == 0:
+    if is_first():
         storage.write_bytes(folder / "noise_shift.png", noise_shift_figure(shifts))
         storage.write_json(folder / "noise_shift.json", results.shifts_to_json(experiment, shifts, measuring))
     results.finish(folder)

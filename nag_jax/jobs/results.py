@@ -22,6 +22,7 @@ from nag_jax.data.images import to_uint8
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
 from nag_jax.figures import sample_grid, shown_samples
+from nag_jax.hosts import check_shared, from_first, is_first, wait_for_all
 from nag_jax.jobs import features
 from nag_jax.jobs.drawing import SHOWN_PER_CLASS, Drawn, images, sample_labels
 from nag_jax.jobs.estimators import Measuring
@@ -44,7 +45,7 @@ from nag_jax.metrics.frechet import bootstrap_interval, frechet_distance_from_fe
 from nag_jax.metrics.reference import Reference
 from nag_jax.noise_shift.difference import shift_differences
 from nag_jax.noise_shift.measurement import NoiseShift, compare_answers
-from nag_jax.parallel import wait_for_all_hosts
+from nag_jax.parallel import to_host
 from nag_jax.params_hash import params_hash
 
 BLOCKS = "blocks"  # what is drawn already, in a result's folder until its last file is written
@@ -62,7 +63,7 @@ def sampling_conditions(
     conditions = {
         "step": network.step,
         "network": network.fingerprint,
-        "guiding_estimator": None if guiding is None else params_hash(jax.device_get(guiding.params)),
+        "guiding_estimator": None if guiding is None else params_hash(to_host(guiding.params)),
         "methods": {name: method.text for name, method in methods.items()},
         "sampling": {key: value for key, value in to_dict(config.sampling).items() if key != "batch_size"},
         "batch_size": config.sampling.batch_size,
@@ -78,7 +79,7 @@ def sampling_conditions(
         "commit": commit(),
     }
     if any(method.needs_original for method in methods.values()):
-        conditions["original_network"] = params_hash(jax.device_get(experiment.original.params))
+        conditions["original_network"] = params_hash(to_host(experiment.original.params))
     if config.sampling.label_rule == "reference":
         conditions["reference"] = experiment.eval_source.fingerprint
         conditions["num_reference_labels"] = len(experiment.eval_states[1])
@@ -134,6 +135,13 @@ def comparable(conditions: dict[str, Any]) -> dict[str, Any]:
 
 def is_finished(folder: epath.Path, conditions: dict[str, Any], last_file: str) -> bool:
     """Whether `folder` holds this result: its last file is there. Raises UserError if it has other conditions."""
+    is_there = from_first(lambda: _is_finished(folder, conditions, last_file))
+    if is_there:
+        finish(folder)  # where a run was killed before it could
+    return is_there
+
+
+def _is_finished(folder: epath.Path, conditions: dict[str, Any], last_file: str) -> bool:
     if not (folder / "conditions.json").exists():
         return False
     stored, wanted = comparable(storage.read_json(folder / "conditions.json")), comparable(conditions)
@@ -143,10 +151,7 @@ def is_finished(folder: epath.Path, conditions: dict[str, Any], last_file: str) 
             f"{folder} holds results under other conditions: {', '.join(differing)} differ. "
             "Choose another config.eval.name, or leave it empty."
         )
-    if not (folder / last_file).exists():
-        return False
-    finish(folder)  # where a run was killed before it could
-    return True
+    return (folder / last_file).exists()
 
 
 def begin(folder: epath.Path, conditions: dict[str, Any]) -> dict[str, Any]:
@@ -156,24 +161,28 @@ def begin(folder: epath.Path, conditions: dict[str, Any]) -> dict[str, Any]:
         The conditions, and the commits of killed runs whose blocks this one goes on from, if they were others.
     """
     file = folder / "conditions.json"
-    if file.exists():
-        stored = storage.read_json(file)
-        commits = [*stored.get("earlier_commits", []), stored.get("commit")]
-        others = [commit for commit in dict.fromkeys(commits) if commit != conditions["commit"]]
-        if others:
-            conditions = conditions | {"earlier_commits": others}
-    wait_for_all_hosts("conditions that were there")
-    if jax.process_index() == 0:
+    others = from_first(lambda: _earlier_commits(file, conditions["commit"]))
+    if others:
+        conditions = conditions | {"earlier_commits": others}
+    if is_first():
         storage.write_json(file, conditions)
-    wait_for_all_hosts("conditions")
+    check_shared(file)
     return conditions
+
+
+def _earlier_commits(file: epath.Path, commit: str | None) -> list[str | None]:
+    if not file.exists():
+        return []
+    stored = storage.read_json(file)
+    commits = [*stored.get("earlier_commits", []), stored.get("commit")]
+    return [earlier for earlier in dict.fromkeys(commits) if earlier != commit]
 
 
 def finish(folder: epath.Path) -> None:
     """Removes the blocks of a result whose last file is written."""
-    if jax.process_index() == 0 and (folder / BLOCKS).exists():
+    if is_first() and (folder / BLOCKS).exists():
         (folder / BLOCKS).rmtree()
-    wait_for_all_hosts("result")
+    wait_for_all("result")
 
 
 class Judge(NamedTuple):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 from etils import epath
 
 from nag_jax.config import Config
+from nag_jax.hosts import is_first
 from nag_jax.jobs import results
 from nag_jax.jobs.drawing import draw
 from nag_jax.jobs.estimators import prepare_guiding
@@ -28,7 +28,7 @@ def run(config: Config, workdir: epath.Path, checkpoint: epath.Path) -> epath.Pa
         return folder
     results.begin(folder, conditions)
     drawn = draw(experiment, network, methods, folder / results.BLOCKS, guiding=guiding, keep_images=True)
-    if jax.process_index() == 0:
+    if is_first():
         results.write_pictures(experiment, drawn, folder)
         results.write_samples(experiment, drawn, folder)
     results.finish(folder)

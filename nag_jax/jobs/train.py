@@ -22,13 +22,31 @@ from nag_jax.config import Config, check_resume, from_config_dict, to_dict
 from nag_jax.data.pipeline import make_batches
 from nag_jax.diffusion.objective import summarize_buckets
 from nag_jax.errors import TrainingDivergedError, UserError
+from nag_jax.hosts import check_same, check_shared, from_first, is_first
 from nag_jax.jobs import evaluate
-from nag_jax.jobs.experiment import ORIGINAL_FOLDER, Experiment, TrainedNetwork, check_sampling, open_training
+from nag_jax.jobs.experiment import (
+    ORIGINAL_FOLDER,
+    Experiment,
+    TrainedNetwork,
+    check_sampling,
+    config_digest,
+    open_training,
+)
 from nag_jax.jobs.interrupt import Stopped, stop_on_signals
 from nag_jax.jobs.results import check_judge
 from nag_jax.metric_writer import MetricWriter
 from nag_jax.models.dit import init_params
-from nag_jax.parallel import batch_sharding, init_sharded, param_shardings, pmap_sharding, shard_batch, split_batch
+from nag_jax.parallel import (
+    batch_part,
+    batch_sharding,
+    init_sharded,
+    param_shardings,
+    place,
+    pmap_sharding,
+    shard_batch,
+    split_batch,
+    to_host,
+)
 from nag_jax.params_hash import params_hash
 from nag_jax.progress import progress, stage
 from nag_jax.training.ema import decay_per_step
@@ -52,11 +70,13 @@ def run(config: Config, workdir: epath.Path) -> epath.Path:
     experiment = open_run(config, workdir)
 
     # 2. The folder says what it is, and keeps what it starts from.
-    if config.init_from and not (workdir / ORIGINAL_FOLDER / loading.MODEL_FILE).exists():
+    check_same("configuration", config_digest(config))
+    if config.init_from and not from_first((workdir / ORIGINAL_FOLDER / loading.MODEL_FILE).exists):
         keep_original(experiment)
-    if jax.process_index() == 0:
+    if is_first():
         storage.write_json(workdir / CONFIG_FILE, to_dict(config))
         loading.write_description(workdir, experiment.description)
+    check_shared(workdir / loading.MODEL_FILE)
 
     # 3. The state: born sharded, or restored bit for bit. 4. The loop.
     with Checkpoints(
@@ -66,7 +86,7 @@ def run(config: Config, workdir: epath.Path) -> epath.Path:
     ) as checkpoints:
         state, shardings = make_state(experiment, checkpoints)
         first_step = int(state.step)
-        if first_step:
+        if first_step and is_first():
             print(f"Going on at step {first_step} of {workdir}.", file=sys.stderr, flush=True)
         state = train(experiment, checkpoints, state, shardings) if first_step < config.num_steps else state
 
@@ -84,6 +104,7 @@ def open_run(config: Config, workdir: epath.Path) -> Experiment:
     if (workdir / CONFIG_FILE).exists():
         check_resume(from_config_dict(storage.read_json(workdir / CONFIG_FILE)), config)
     experiment = open_training(config, workdir)
+    batch_part(experiment.mesh, config.batch_size)  # refuses a batch that does not divide
     check_weights(config)
     if (workdir / loading.MODEL_FILE).exists():
         check_same_network(experiment)
@@ -106,7 +127,7 @@ def trained_network(experiment: Experiment, state: TrainState) -> TrainedNetwork
     """The weights of a state that `sampling.weights` names."""
     weights = experiment.config.sampling.weights
     params = state.params if weights == "params" else state.ema[weights]
-    return TrainedNetwork(experiment.place(params), int(state.step), params_hash(jax.device_get(params)))
+    return TrainedNetwork(experiment.place(params), int(state.step), params_hash(to_host(params)))
 
 
 def check_same_network(experiment: Experiment) -> None:
@@ -184,7 +205,10 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
     run_key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 1)
 
     if is_pmap:
-        state = jax.device_put(state, pmap_sharding(PMAP_AXIS))
+        state = place(state, pmap_sharding(PMAP_AXIS))
+        part, num_parts = jax.process_index(), jax.process_count()
+    else:
+        part, num_parts = batch_part(mesh, config.batch_size)
     first_step = int(state.step)
     batches = make_batches(
         experiment.train_source,
@@ -192,10 +216,10 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
         batch_size=config.batch_size,
         seed=config.seed,
         start_step=first_step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=num_parts,
     )
-    writer = MetricWriter(workdir, first_step) if jax.process_index() == 0 else None
+    writer = MetricWriter(workdir, first_step) if is_first() else None
     unread: list[Any] = []  # metrics of the steps since the last log step, still on the devices
     seconds = {"compile": 0.0, "training": 0.0}
     log_start, log_step = time.perf_counter(), first_step
@@ -206,7 +230,7 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
         log_start = time.perf_counter()
     with (
         contextlib.closing(batches),
-        stop_on_signals() as stop,
+        stop_on_signals(at_one_step=True) as stop,
         progress("training", config.num_steps, first_step) as report_progress,
     ):
         for step in range(first_step + 1, config.num_steps + 1):
@@ -222,7 +246,7 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
                 log_start, log_step = time.perf_counter(), step
 
             # Asked once: a signal that comes later in this round is seen in the next one, after a save.
-            is_stopped = bool(stop)
+            is_stopped = stop.is_due(step)
             is_last = step == config.num_steps or is_stopped
             is_saved = step % config.checkpoint.every_steps == 0 or is_last
             is_evaluated = is_evaluation_due(config, step) and not is_last
@@ -240,7 +264,8 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
                 unread = []
                 log_start, log_step = time.perf_counter(), step
             if is_saved:
-                checkpoints.save(state)
+                # Under pmap each process holds a state of its own, all alike; what is saved is one.
+                checkpoints.save(place(state, pmap_sharding(PMAP_AXIS)) if is_pmap else state)
             if is_evaluated:
                 evaluate.evaluate(experiment, trained_network(experiment, state))
                 log_start = time.perf_counter()

@@ -18,6 +18,7 @@ from nag_jax.diffusion.objective import row_keys
 from nag_jax.diffusion.process import Process
 from nag_jax.diffusion.time_posterior import Estimator, GaussianTimePosterior, TimePosterior
 from nag_jax.errors import UserError
+from nag_jax.parallel import to_host
 
 # As many as an exact mixture has levels by default; an estimator's Gaussian needs none.
 NUM_NODES = 200
@@ -103,7 +104,7 @@ def forward_answers(
         part = _forward_answers(
             estimator.posterior, process, stream, num_nodes, estimator.params, batch, indices, times, key
         )
-        parts.append(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), part))
+        parts.append(jax.tree.map(lambda leaf: leaf.astype(np.float64), to_host(part)))
     return Answers(*(np.concatenate(leaves, axis=1)[:, : len(images)] for leaves in zip(*parts, strict=True)))
 
 

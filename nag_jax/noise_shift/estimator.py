@@ -24,6 +24,7 @@ from nag_jax.diffusion.process import Process
 from nag_jax.diffusion.time_posterior import Estimator, GaussianTimePosterior
 from nag_jax.errors import TrainingDivergedError, UserError
 from nag_jax.models.noise_estimator import NoiseEstimator, estimator_params
+from nag_jax.parallel import to_host
 
 Role: TypeAlias = Literal["measure", "guide"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -159,7 +160,7 @@ def train_estimator(
             )
         steps = np.arange(first_step, first_step + steps_per_call, dtype=np.int32)
         params, opt_state, losses = _train_steps(model, process, config, params, opt_state, np.stack(chunk), steps, key)
-        losses = np.asarray(losses)
+        losses = to_host(losses)
         if not np.isfinite(losses).all():
             raise TrainingDivergedError(
                 f"The noise-level estimator's loss is not finite at its step {steps[~np.isfinite(losses)][0]}. "
