@@ -186,7 +186,6 @@ def test_the_compiled_step_writes_the_new_state_over_the_old_one(tiny_denoiser, 
     memory = lowered.compile().memory_analysis()
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes == state_bytes
-    assert memory.argument_size_in_bytes - state_bytes < memory.argument_size_in_bytes / 10
 
 
 def test_pmap_on_one_device_agrees(tiny_denoiser, train_step, batch_of):
