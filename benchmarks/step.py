@@ -140,7 +140,11 @@ def run(size_name: str, output: Path, budget_seconds: float, variant_seconds: fl
         "environment": {},
         "devices": {},
         "variants": [],
+        "seconds": 0.0,
+        "summary": {},
+        "not_measured": [label(variant) for variant in size.variants],
     }
+    storage.write_json(output, content)
     pending = list(range(len(size.variants)))
     while pending and time.time() < deadline:
         group = next_group(size.variants, pending)

@@ -56,9 +56,7 @@ def measured_flops(size: Size) -> float:
     count = 20
 
     def chain() -> None:
-        for _ in range(count):
-            product = matmul(a, b)
-        jax.block_until_ready(product)
+        jax.block_until_ready([matmul(a, b) for _ in range(count)])
 
     return count * 2 * size.matmul_size**3 / median_seconds(chain, repeats=3)
 

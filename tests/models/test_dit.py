@@ -217,7 +217,7 @@ def test_converters_are_inverse():
 
 @pytest.mark.parametrize(
     ("remat", "scan_blocks"),
-    [("full", True), ("dots_no_batch", True), ("dots", False)],
+    [("full", True), ("dots_no_batch", True), ("dots_flash", True), ("dots", False)],
 )
 def test_remat_changes_nothing(remat, scan_blocks):
     params, model = random_params(scan_blocks), tiny_model(scan_blocks=scan_blocks, remat=remat)

@@ -177,6 +177,17 @@ def test_jit_on_a_mesh_donates_the_state_and_agrees(tiny_denoiser, train_step, b
     assert_trees(np.testing.assert_allclose, got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_the_compiled_step_writes_the_new_state_over_the_old_one(tiny_denoiser, batch_of):
+    mesh = make_mesh(ParallelConfig())
+    state = new_state(tiny_denoiser)
+    shardings = param_shardings(mesh, state)
+    step = make_train_step(tiny_denoiser, OBJECTIVE, ADAMW, DECAYS)
+    lowered = jit_train_step(step, mesh, shardings, batch_sharding(mesh)).lower(state, batch_of(0), KEY)
+    memory = lowered.compile().memory_analysis()
+    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes == state_bytes
+
+
 def test_pmap_on_one_device_agrees(tiny_denoiser, train_step, batch_of):
     step = pmap_train_step(
         make_train_step(tiny_denoiser, OBJECTIVE, ADAMW, DECAYS, axis_name="devices"), "devices"
