@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import itertools
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -89,10 +91,11 @@ def shorten(message: str) -> str:
 # The parent, which must not touch the device.
 
 
-def reports(command: list[str], variant_seconds: float) -> Iterator[dict[str, Any]]:
+def reports(command: list[str], xla_flags: str, variant_seconds: float) -> Iterator[dict[str, Any]]:
     """What a worker reports; an error at last if it did not end by itself or was silent for too long."""
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         assert process.stdout is not None
         alarm = threading.Timer(variant_seconds, process.kill)
         alarm.start()
@@ -113,18 +116,16 @@ def reports(command: list[str], variant_seconds: float) -> Iterator[dict[str, An
 
 def label(variant: Variant) -> str:
     options = " ".join(f"{name}={value}" for name, value in variant.options.items())
-    return f"{variant.framework} {variant.job} {variant.batch_size} {options}".strip()
+    return f"{variant.framework} {variant.job} {variant.batch_size} {options} {variant.xla_flags}".strip()
 
 
 def next_group(variants: tuple[Variant, ...], pending: list[int]) -> list[int]:
-    """The first pending variant and those right after it of the same framework and job: one worker's share."""
-    kind = (variants[pending[0]].framework, variants[pending[0]].job)
-    group = []
-    for index in pending:
-        if (variants[index].framework, variants[index].job) != kind:
-            break
-        group.append(index)
-    return group
+    """The first pending variant and those right after it of the same framework, job and flags: one worker's share."""
+
+    def kind(index: int) -> tuple[str, str, str]:
+        return variants[index].framework, variants[index].job, variants[index].xla_flags
+
+    return list(itertools.takewhile(lambda index: kind(index) == kind(pending[0]), pending))
 
 
 def run(size_name: str, output: Path, budget_seconds: float, variant_seconds: float) -> dict[str, Any]:
@@ -143,10 +144,11 @@ def run(size_name: str, output: Path, budget_seconds: float, variant_seconds: fl
     pending = list(range(len(size.variants)))
     while pending and time.time() < deadline:
         group = next_group(size.variants, pending)
-        framework = size.variants[group[0]].framework
+        framework, xla_flags = size.variants[group[0]].framework, size.variants[group[0]].xla_flags
         command = [sys.executable, __file__, f"--size={size_name}", f"--worker={framework}", f"--deadline={deadline}"]
         running = group[0]
-        for message in reports([*command, f"--indices={','.join(map(str, group))}"], variant_seconds):
+        command += [f"--indices={','.join(map(str, group))}"]
+        for message in reports(command, xla_flags, variant_seconds):
             if "environment" in message:
                 content["environment"][framework] = message["environment"]
                 content["devices"][framework] = message["device"]

@@ -40,7 +40,7 @@ GUIDANCES = {
 
 
 def environment() -> dict[str, Any]:
-    flags = {name: os.environ[name] for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION") if name in os.environ}
+    flags = {name: os.environ[name] for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION") if os.environ.get(name)}
     return experiment.environment() | {"flags": flags}
 
 

@@ -103,8 +103,8 @@ install() {
   extras=${extras%,}
   set -- -e ".${extras:+[$extras]}"
   if [[ "$purpose" == test ]] && is_python_311; then
-    say "installing the project, the test tools and the parity peers (PyTorch is large; log: .venv/install.log) ..."
-    pip_install "$@" -r requirements/parity.txt
+    say "installing the project, the test tools, the parity peers and the TPU compiler (log: .venv/install.log) ..."
+    pip_install "$@" -r requirements/parity.txt -r requirements/plan.txt
     pip_install --no-deps -r requirements/parity-no-deps.txt
   else
     say "installing the project and what it needs${extras:+, with $extras} (log: .venv/install.log) ..."

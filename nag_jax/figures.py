@@ -213,7 +213,7 @@ def frechet_figure(metrics: Mapping[str, Any]) -> bytes:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.03 * axes.get_xlim()[1])
     axes.set_xlabel(f"Fréchet distance on {metrics['features']['name']} features (lower is closer to real images)")
     return _png(figure)
 

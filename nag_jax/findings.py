@@ -24,8 +24,12 @@ def distance_findings(metrics: Mapping[str, Any]) -> list[str]:
     if "plain" in measured:
         sentences.append(
             f"Plain sampling is at a Fréchet distance of {number(measured['plain'])} on {metrics['features']['name']} "
-            "features; lower is closer to the held-out images."
+            "features; lower is closer to the reference."
         )
+    unpaired = [name for name in measured if name != "plain" and "difference_to_plain" not in methods[name]]
+    if unpaired:
+        found = _join([f"{name} ({number(measured[name])})" for name in unpaired])
+        sentences.append(f"Without intervals there is no verdict on {found}.")
     groups: dict[str, list[str]] = {"closer": [], "farther": [], "undecided": []}
     for name, result in methods.items():
         if "difference_to_plain" in result and name in measured:

@@ -6,6 +6,7 @@
     python -m nag_jax.main --mode=compare --checkpoint=runs/digits
     python -m nag_jax.main --mode=evaluate --samples=A.npz --reference=B.npz --config.eval.feature_net=FOLDER
     python -m nag_jax.main --mode=encode --config=FILE --config.data.vae=FOLDER --config.data.latents=FOLDER
+    python -m nag_jax.main --mode=plan --topology=v5e:4x4 --config=configs/imagenet256.py:sit_xl2,nag
 
 A config file names what a run fixes; --config.a.b=VALUE changes a key, and --dry_run prints every key with its value.
 --config.eval.methods names what is compared: plain, cfg, nag, cfg+nag, joint, class_free, nested, domain,
@@ -14,8 +15,9 @@ domain+nag, classifier_nag.
 euler_maruyama, ddim, ddpm, ddpm_learned or dpm_solver_pp_2m.
 
 Running the same command again goes on where the work folder stands, or rebuilds the report of a finished one. Encode
-makes the latents that training reads. The other modes work on a trained network, by default under the settings that it
-was trained with.
+makes the latents that training reads. Plan compiles a config for a TPU that need not be there (v4, v5e, v5p, v6e,
+tpu7x; or local, for this machine) and says what fits, what devices exchange and how long it takes at best. The other
+modes work on a trained network, by default under the settings that it was trained with.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from nag_jax.config import Config
 
 DEFAULT_CONFIG = "configs/digits.py"
-MODES = ("train", "sample", "evaluate", "noise_shift", "compare", "encode")
+MODES = ("train", "sample", "evaluate", "noise_shift", "compare", "plan", "encode")
 
 # No default here: ml_collections would read the default's file, and any wrong key, before errors can be explained.
 CONFIG = config_flags.DEFINE_config_file(
@@ -50,7 +52,7 @@ MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; train also evaluat
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     None,
-    "Folder of a trained or converted network, for every mode but train and encode. Default: the work folder.",
+    "Folder of a trained or converted network, for every mode but train, plan and encode. Default: the work folder.",
 )
 SAMPLES = flags.DEFINE_string(
     "samples", None, "With --mode=evaluate: judge these images (.npz of ADM's layout, or a folder) and no network."
@@ -67,6 +69,9 @@ NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes", None, "How many processes the job has; 1 runs this one alone, whatever the environment says."
 )
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "With --mode=plan: the machine to compile for, such as v5e:4x4 or v4-8; local for this one."
+)
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check everything, print the settings and what would run; no work folder is written."
 )
@@ -78,6 +83,13 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"Unknown argument {arguments[1]!r}. Flags look like --workdir=DIR; see --help.")
     if CHECKPOINT.value and MODE.value == "train":
         raise UserError("--checkpoint is for other modes. To train from a network, set --config.init_from=FOLDER.")
+    if TOPOLOGY.value or MODE.value == "plan":
+        if MODE.value != "plan" or not TOPOLOGY.value:
+            raise UserError("--mode=plan and --topology go together, such as --mode=plan --topology=v5e:4x4.")
+        if CHECKPOINT.value or SAMPLES.value or REFERENCE.value:
+            raise UserError("--mode=plan has no --checkpoint, --samples or --reference; it works on --config alone.")
+        plan_devices(TOPOLOGY.value)
+        return
     from nag_jax import hosts
 
     hosts.start(
@@ -155,6 +167,20 @@ def encode_data() -> None:
         print(encode.describe(config))
     else:
         print(f"written: {encode.run(config)}", flush=True)
+
+
+def plan_devices(topology: str) -> None:
+    """--mode=plan: works on no data and no network, so on the config as --config gives it."""
+    from nag_jax.config import from_config_dict, to_dict
+    from nag_jax.jobs import plan
+
+    config = from_config_dict(CONFIG.value)
+    workdir = epath.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"])))
+    if DRY_RUN.value:
+        print(json.dumps(to_dict(config), indent=2))
+        print(plan.describe_plan(config, topology, workdir))
+    else:
+        print(f"written: {plan.run(config, topology, workdir)}", flush=True)
 
 
 def config_of_trained(checkpoint: epath.Path) -> Config:

@@ -43,7 +43,7 @@ OTHER_METRICS: dict[str, Callable[[Json], float | None]] = {
     "recall": lambda result: result.get("recall"),
     "density": lambda result: result.get("density"),
     "coverage": lambda result: result.get("coverage"),
-    "KID": lambda result: 1000 * result["kernel_distance"]["mean"] if result.get("kernel_distance") else None,
+    "kernel distance": lambda result: (result.get("kernel_distance") or {}).get("mean"),
 }
 HELD_OUT = "held-out images"
 
@@ -166,7 +166,7 @@ def _distances(evaluation: Evaluation | None) -> Html:
     figure = image(
         figures.frechet_figure(metrics),
         "Fréchet distance of each method with its interval",
-        "Dots: distances. Bars: their 95% intervals. Dashed line and band: two sets of real images.",
+        "Dots: distances. Bars, if any: their 95% intervals. Dashed line and band, if any: two sets of real images.",
     )
     places = decimals([result["frechet_distance"] for result in metrics["methods"].values()], digits=4)
     rows = []
@@ -181,7 +181,7 @@ def _distances(evaluation: Evaluation | None) -> Html:
     compared = table(
         ["method", "Fréchet distance", "difference to plain", "than plain"],
         rows,
-        caption="Fréchet distance in squared units of the features, with 95% intervals; lower is closer",
+        caption="Fréchet distance in squared units of the features, above 95% intervals if any; lower is closer",
         foot=["real against real", *real] if floor else (),
         numeric=(1, 2),
     )
@@ -220,7 +220,7 @@ def _other_metrics(metrics: Json) -> list[Html]:
         [result.get("guidance", name), *(number(read(result), 4) for read in columns.values())]
         for name, result in methods.items()
     ]
-    caption = "Other metrics of the same features; KID in thousandths. Higher is better but for sFID, KID and the limit"
+    caption = "Other metrics of the same features. Lower is better for the limit, sFID and the kernel distance, or KID"
     limit = (
         "The limit is the distance for infinitely many samples: a line through the distances of subsets over one over "
         "their size ends there. Where it is far below the distance, more samples are needed."

@@ -79,6 +79,22 @@ def test_batches_arrive_unchanged():
     assert parallel.local_rows(mesh, 4) == slice(0, 4)
 
 
+def test_rows_are_kept_apart_only_where_there_is_a_mesh_that_they_divide_over():
+    x = jnp.ones((4, 3))
+    assert parallel.keep_rows_apart(x) is x
+    mesh = make_mesh(ParallelConfig())
+    text = jax.jit(parallel.on_mesh(parallel.keep_rows_apart, mesh)).lower(x).as_text()
+    assert "sharding_constraint" in text or "Sharding" in text
+    np.testing.assert_array_equal(jax.jit(parallel.on_mesh(parallel.keep_rows_apart, mesh))(x), x)
+
+
+def test_a_mesh_is_made_of_the_devices_that_are_given():
+    devices = jax.devices()[:1]
+    assert make_mesh(ParallelConfig(), devices).devices.flat[0] is devices[0]
+    with pytest.raises(UserError, match="does not use the 2 device"):
+        make_mesh(ParallelConfig(data=3), devices * 2)
+
+
 def test_sharded_initialisation_is_the_initialisation():
     def init(key):
         return {"a": jax.random.normal(key, (64, 128)), "b": jnp.zeros(3)}

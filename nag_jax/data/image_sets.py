@@ -35,7 +35,7 @@ class ImageSet:
         path: the .npz file or the folder.
         files: names of the image files below a folder, sorted; none for an .npz file.
         count: number of images.
-        image_shape: (H, W, 3).
+        image_shape: (H, W, 3); grey images are read as RGB.
     """
 
     path: str
@@ -64,7 +64,7 @@ class ImageSet:
         if not self.files:
             for number, batch in enumerate(image_batches(self.path, batch_size)):
                 if number * batch_size >= first:
-                    yield batch
+                    yield _in_colour(batch)
             return
         for begin in range(first, self.count, batch_size):
             yield np.stack([self._read(name) for name in self.files[begin : begin + batch_size]])
@@ -93,7 +93,7 @@ def open_image_set(path: epath.PathLike) -> ImageSet:
     """Opens a set of images.
 
     Args:
-        path: an .npz file with uint8 images [N, H, W, 3] as arr_0, or a folder of image files, below it at any depth.
+        path: an .npz file with uint8 images [N, H, W, 3 or 1] as arr_0, or a folder of image files, at any depth.
 
     Raises:
         UserError: there is no such file, or it holds no images.
@@ -103,7 +103,10 @@ def open_image_set(path: epath.PathLike) -> ImageSet:
         shape = read_reference(path).image_shape
         if shape is None:
             raise UserError(f"{path} holds statistics and no images (arr_0), so it can only be a reference.")
-        return ImageSet(str(path), (), shape[0], shape[1:])
+        count, height, width, channels = shape
+        if channels not in (1, 3):
+            raise UserError(f"{path} has images of {channels} channels; a metric judges RGB or grey ones.")
+        return ImageSet(str(path), (), count, (height, width, 3))
     names = []
     for folder, _, files in os.walk(os.fspath(path)):
         inner = os.path.relpath(folder, os.fspath(path))
@@ -153,4 +156,9 @@ def _decode(path: epath.Path) -> NDArray[np.uint8]:
         raise
     except Exception as error:  # Pillow raises its own, OSError and ValueError
         raise UserError(f"{path} cannot be read as an image ({error}). Remove it or make it anew.") from error
-    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+    return _in_colour(image)
+
+
+def _in_colour(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Grey images as RGB; others as they are."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images

@@ -123,6 +123,7 @@ class Sampler:
             denoiser.process.check_conversion(times, denoiser.prediction, kind)
         observed = observed_rows(step_rows, observe_times) if observer is not None else np.zeros(len(times), bool)
         self.observed_times = times[observed]
+        self.num_rows = len(times)
 
         tables = {
             name: guidance.tables(times, denoiser.sample_shape[-1]) for name, guidance in guidances.items()
@@ -218,6 +219,20 @@ class Sampler:
             observed = np.flatnonzero(self._rows[guidance_name]["observe"])
             observations = jax.tree.map(lambda leaf: leaf[observed], observations)
         return Samples(x, observations, self.observed_times, self.evaluations_per_image[guidance_name])
+
+
+    def lower(
+        self, guidance_name: str, labels: jax.ShapeDtypeStruct, indices: jax.ShapeDtypeStruct
+    ) -> jax.stages.Lowered:
+        """The program of a call, lowered for the devices of its arguments and not run; arguments need no values.
+
+        Args:
+            guidance_name: one of the names given at construction; the networks' parameters may be shapes too.
+            labels: int32 [B], shape and sharding.
+            indices: uint32 [B], shape and sharding.
+        """
+        key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+        return _run.lower(self.program, self._params, labels, indices, key, self._rows[guidance_name], None)
 
 
 def sample(

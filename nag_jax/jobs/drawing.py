@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from numpy.typing import NDArray
 
+from nag_jax.config import Config
 from nag_jax.data.images import to_float
 from nag_jax.data.labels import label_rule
 from nag_jax.diffusion.sampler import Sampler
@@ -76,6 +77,12 @@ def sample_labels(experiment: Experiment) -> np.ndarray:
         return np.resize(experiment.eval_states[1], config.eval.num_samples)
     rule = label_rule(config.sampling.label_rule)
     return rule(config.eval.num_samples, experiment.description.num_classes, config.eval.seed)
+
+
+def sampling_batch_size(config: Config, mesh: Mesh) -> int:
+    """Samples that are drawn at once: a multiple of the devices, for the last batch is filled up anyway."""
+    num_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-min(config.sampling.batch_size, config.eval.num_samples) // num_devices) * num_devices
 
 
 def draw(
@@ -197,8 +204,7 @@ def _draw_missing(
     """
     experiment = look.experiment
     sharding = batch_sharding(experiment.mesh)
-    parts = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
-    batch_size = -(-min(experiment.config.sampling.batch_size, len(labels)) // parts) * parts
+    batch_size = sampling_batch_size(experiment.config, experiment.mesh)
     last = time.perf_counter()
 
     def write(started: dict[str, Any], samples: range) -> int:
@@ -216,7 +222,8 @@ def _draw_missing(
     for samples in (part for each in missing for part in _parts(each, batch_size)):
         # The last batch of a range is filled up with other samples, which are thrown away.
         indices = np.arange(samples.start, samples.start + batch_size) % len(labels)
-        drawn = sampler(name, labels[indices], seed=experiment.config.eval.seed, indices=indices, sharding=sharding)
+        with jax.set_mesh(experiment.mesh):  # for `parallel.keep_rows_apart`
+            drawn = sampler(name, labels[indices], seed=experiment.config.eval.seed, indices=indices, sharding=sharding)
         started = look.start(drawn.x, drawn.observations)
         if before is not None:
             yield write(*before)

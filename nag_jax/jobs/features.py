@@ -79,16 +79,16 @@ def read_pretrained(config: Config) -> FeatureNet | None:
     """The network in `eval.feature_net`, None where the config names none. Raises UserError if it cannot be read."""
     if not config.eval.feature_net:
         return None
-    feature_net = feature_nets.load_feature_net(config.eval.feature_net)
-    return of_grey_images(feature_net) if config.data.channels == 1 else feature_net
+    return seeing_grey(feature_nets.load_feature_net(config.eval.feature_net))
 
 
-def of_grey_images(feature_net: FeatureNet) -> FeatureNet:
-    """A network of colour images on grey ones, which it sees with their one channel three times."""
+def seeing_grey(feature_net: FeatureNet) -> FeatureNet:
+    """A network of colour images that takes grey ones too, with their one channel three times."""
 
-    def in_colour(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
-        return function and (lambda params, images: function(params, jnp.repeat(images, 3, axis=-1)))
+    def in_colour(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, images: function(
+            params, jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+        )
 
-    apply = in_colour(feature_net.apply)
-    assert apply is not None
-    return dataclasses.replace(feature_net, apply=apply, apply_taps=in_colour(feature_net.apply_taps))
+    apply_taps = feature_net.apply_taps and in_colour(feature_net.apply_taps)
+    return dataclasses.replace(feature_net, apply=in_colour(feature_net.apply), apply_taps=apply_taps)

@@ -7,6 +7,7 @@ Resuming is the same command again: the newest checkpoint is restored and the da
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from typing import Any
@@ -51,7 +52,7 @@ from nag_jax.progress import progress, stage
 from nag_jax.training.ema import decay_per_step
 from nag_jax.training.optimizer import NULL_NOISE_EMBEDDING, learning_rate, make_optimizer
 from nag_jax.training.state import TrainState, init_state
-from nag_jax.training.step import jit_train_step, make_train_step, pmap_train_step
+from nag_jax.training.step import TrainStep, jit_train_step, make_train_step, pmap_train_step
 
 PMAP_AXIS = "batch"
 CONFIG_FILE = "config.json"
@@ -147,15 +148,28 @@ def keep_original(experiment: Experiment) -> None:
         loading.write_network(experiment.workdir / ORIGINAL_FOLDER, description, params)
 
 
+def fresh_state(config: Config, description: loading.ModelDescription, key: jax.Array) -> TrainState:
+    """The state of a run that starts afresh; pure, so that it can be made sharded, or its shapes alone."""
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    return init_state(init_params(description.network(), key), optimizer, tuple(config.ema))
+
+
+def step_function(config: Config, description: loading.ModelDescription) -> TrainStep:
+    """The training step of a config, not compiled yet."""
+    return make_train_step(
+        description.denoiser(),
+        config.objective,
+        make_optimizer(config.optimizer, config.num_steps),
+        {name: decay_per_step(average, config.batch_size) for name, average in config.ema.items()},
+        accumulation_steps=config.optimizer.accumulation_steps,
+        axis_name=PMAP_AXIS if config.parallel.mode == "pmap" else None,
+    )
+
+
 def make_state(experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainState, Any]:
     """The state to go on from and its shardings: the newest checkpoint, `init_from`, or fresh parameters."""
     config, mesh = experiment.config, experiment.mesh
-    model = experiment.description.network()
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
-
-    def fresh(key: jax.Array) -> TrainState:
-        return init_state(init_params(model, key), optimizer, tuple(config.ema))
-
+    fresh = functools.partial(fresh_state, config, experiment.description)
     key = jax.random.key(config.seed, impl="threefry2x32")
     if checkpoints.latest_step() is not None:
         abstract = jax.eval_shape(fresh, key)
@@ -167,6 +181,7 @@ def make_state(experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainS
         return state, shardings
     if config.init_from:
         original = experiment.workdir / ORIGINAL_FOLDER
+        optimizer = make_optimizer(config.optimizer, config.num_steps)
         params = loading.read_for_fine_tuning(original, experiment.description, "ema", config.seed)
         return init_sharded(lambda params: init_state(params, optimizer, tuple(config.ema)), mesh, params)
     return init_sharded(fresh, mesh, key)
@@ -176,18 +191,11 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
     """The training loop, from `state.step` to `config.num_steps`."""
     config, mesh, workdir = experiment.config, experiment.mesh, experiment.workdir
     is_pmap = config.parallel.mode == "pmap"
-    step_function = make_train_step(
-        experiment.description.denoiser(),
-        config.objective,
-        make_optimizer(config.optimizer, config.num_steps),
-        {name: decay_per_step(average, config.batch_size) for name, average in config.ema.items()},
-        accumulation_steps=config.optimizer.accumulation_steps,
-        axis_name=PMAP_AXIS if is_pmap else None,
-    )
+    function = step_function(config, experiment.description)
     if is_pmap:
-        train_step = pmap_train_step(step_function, PMAP_AXIS)
+        train_step = pmap_train_step(function, PMAP_AXIS)
     else:
-        train_step = jit_train_step(step_function, mesh, shardings, batch_sharding(mesh))
+        train_step = jit_train_step(function, mesh, shardings, batch_sharding(mesh))
     rate = learning_rate(config.optimizer, config.num_steps)
     # The stream of training draws differs from the one that made the parameters.
     run_key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 1)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 AttentionImplementation = Literal["xla", "cudnn", None]
 
@@ -18,6 +19,7 @@ FREQUENCIES = 256  # width of the sinusoidal time features
 MAX_PERIOD = 10_000.0
 MLP_RATIO = 4
 NORM_EPSILON = 1e-6
+ACTIVATION, NORM_STATISTICS = "activation", "norm_statistics"  # see `keep`
 PRECISIONS = {"default": None, "highest": jax.lax.Precision.HIGHEST}
 
 normal_init = nn.initializers.normal(0.02)
@@ -79,11 +81,17 @@ def unpatchify(tokens: jax.Array, patch_size: int, height: int, width: int) -> j
     return x.reshape(tokens.shape[0], height, width, -1)
 
 
+def keep(x: jax.Array, name: str = ACTIVATION) -> jax.Array:
+    """x itself, under a name by which a remat policy can have the backward pass keep it."""
+    return checkpoint_name(x, name)
+
+
 def layer_norm(x: jax.Array) -> jax.Array:
     """Layer normalisation over the last axis without affine parameters, in and to float32."""
     x = x.astype(jnp.float32)
-    centred = x - x.mean(axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPSILON)
+    centred = x - keep(x.mean(axis=-1, keepdims=True), NORM_STATISTICS)
+    variance = keep(jnp.square(centred).mean(axis=-1, keepdims=True), NORM_STATISTICS)
+    return centred * jax.lax.rsqrt(variance + NORM_EPSILON)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -123,12 +131,13 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, hidden = x.shape
         qkv = linear(3 * hidden, self.dtype, self.precision, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.num_heads, hidden // self.num_heads), 2, 0)
+        heads = qkv.reshape(batch, tokens, 3, self.num_heads, hidden // self.num_heads)
+        q, k, v = (keep(part) for part in jnp.moveaxis(heads, 2, 0))
         # dot_product_attention has no precision argument; it reads the ambient default while it is traced.
         highest = self.precision == "highest"
         with jax.default_matmul_precision("highest") if highest else contextlib.nullcontext():
             y = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
-        return linear(hidden, self.dtype, self.precision, name="proj")(y.reshape(batch, tokens, hidden))
+        return keep(linear(hidden, self.dtype, self.precision, name="proj")(y.reshape(batch, tokens, hidden)))
 
 
 class Mlp(nn.Module):
@@ -140,9 +149,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = x.shape[-1]
-        y = linear(MLP_RATIO * hidden, self.dtype, self.precision, name="fc1")(x)
-        y = nn.gelu(y, approximate=True)
-        return linear(hidden, self.dtype, self.precision, name="fc2")(y)
+        y = keep(linear(MLP_RATIO * hidden, self.dtype, self.precision, name="fc1")(x))
+        y = keep(nn.gelu(y, approximate=True))
+        return keep(linear(hidden, self.dtype, self.precision, name="fc2")(y))
 
 
 class Block(nn.Module):
@@ -159,12 +168,12 @@ class Block(nn.Module):
             6 * x.shape[-1], self.dtype, self.precision, kernel_init=_zeros_init, name="adaLN_modulation"
         )
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(
-            modulation(nn.silu(conditioning)), 6, axis=-1
+            keep(modulation(nn.silu(conditioning))), 6, axis=-1
         )
-        y = modulate(layer_norm(x), shift_msa, scale_msa)
+        y = keep(modulate(layer_norm(x), shift_msa, scale_msa).astype(self.dtype))
         attn = SelfAttention(self.num_heads, self.dtype, self.precision, self.attention, name="attn")
-        x = x + gate_msa[:, None] * attn(y)
-        y = modulate(layer_norm(x), shift_mlp, scale_mlp)
+        x = keep(x + gate_msa[:, None] * attn(y))
+        y = keep(modulate(layer_norm(x), shift_mlp, scale_mlp).astype(self.dtype))
         return x + gate_mlp[:, None] * Mlp(self.dtype, self.precision, name="mlp")(y)
 
 

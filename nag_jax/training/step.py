@@ -14,7 +14,7 @@ from nag_jax.data.latents import sample_states
 from nag_jax.denoiser import Denoiser, LatentSpace, Params
 from nag_jax.diffusion.objective import Objective, bucket_metrics, check_objective, draw, loss, row_keys
 from nag_jax.errors import UserError
-from nag_jax.parallel import replicated
+from nag_jax.parallel import on_mesh, replicated
 from nag_jax.training import ema
 from nag_jax.training.state import TrainState
 
@@ -139,7 +139,7 @@ def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any, batch_shar
     """Compiles `step` for a mesh; the state is donated and keeps its shardings, key and metrics are on every device."""
     everywhere = replicated(mesh)
     return jax.jit(
-        step,
+        on_mesh(step, mesh),
         in_shardings=(state_shardings, batch_sharding, everywhere),
         out_shardings=(state_shardings, everywhere),
         donate_argnums=0,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nag_jax.data.image_sets import open_image_set
+from nag_jax.data.image_sets import open_image_set, write_image_set
 from nag_jax.errors import UserError
 
 
@@ -48,8 +48,26 @@ def test_the_fingerprint_is_of_the_content(images: np.ndarray, tmp_path: Path):
 def test_grey_images_become_rgb(tmp_path: Path):
     grey = np.arange(30, dtype=np.uint8).reshape(6, 5)
     Image.fromarray(grey).save(tmp_path / "0.png")
-    (batch,) = open_image_set(tmp_path).batches(4)
-    np.testing.assert_array_equal(batch[0], np.repeat(grey[:, :, None], 3, axis=-1))
+    np.savez(tmp_path / "set.npz", grey[None, :, :, None])
+    for path in (tmp_path, tmp_path / "set.npz"):
+        found = open_image_set(path)
+        (batch,) = found.batches(4)
+        np.testing.assert_array_equal(batch[0], np.repeat(grey[:, :, None], 3, axis=-1))
+        assert found.image_shape == (6, 5, 3)
+
+
+def test_what_is_written_in_parts_is_adm_s_file(images: np.ndarray, tmp_path: Path):
+    labels = np.arange(7, dtype=np.int32)
+    write_image_set(tmp_path / "set.npz", [images[:3], images[3:4], images[4:]], labels)
+    with np.load(tmp_path / "set.npz") as found:
+        assert found.files == ["arr_0", "arr_1"]
+        np.testing.assert_array_equal(found["arr_0"], images)
+        np.testing.assert_array_equal(found["arr_1"], labels)
+    np.testing.assert_array_equal(np.concatenate(list(open_image_set(tmp_path / "set.npz").batches(4))), images)
+    before = (tmp_path / "set.npz").read_bytes()
+    with pytest.raises(ValueError, match="6 images for 7 labels"):
+        write_image_set(tmp_path / "set.npz", [images[:6]], labels)
+    assert (tmp_path / "set.npz").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_is_no_set_of_images_is_named(images: np.ndarray, tmp_path: Path):

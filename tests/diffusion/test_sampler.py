@@ -778,3 +778,20 @@ def test_one_index_per_label() -> None:
     sampler = Sampler(probe_denoiser(Probe(counts=False)), {"mine": plain()}, stepper=Euler(), num_steps=2)
     with pytest.raises(UserError, match="indices"):
         sampler("mine", LABELS, seed=0, indices=np.arange(3))
+
+
+def test_a_lowered_program_needs_shapes_alone_and_is_the_one_that_runs():
+    """Its text is that of a sampler with values, so what is planned is what is run."""
+    mixture = make_mixture(Linear(), np.zeros((2, 1, 1, 2)), covariances=0.5, classes=[0, 1]).denoiser()
+    shapes = dataclasses.replace(
+        mixture, params=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), mixture.params)
+    )
+    labels, indices = (jax.ShapeDtypeStruct((4,), dtype) for dtype in (jnp.int32, jnp.uint32))
+    texts = [
+        Sampler(denoiser, {"cfg": cfg(2.0)}, stepper=Euler(), num_steps=3).lower("cfg", labels, indices).as_text()
+        for denoiser in (mixture, shapes)
+    ]
+    assert texts[0] == texts[1]
+    sampler = Sampler(mixture, {"cfg": cfg(2.0)}, stepper=Euler(), num_steps=3)
+    assert sampler.num_rows == 3
+    assert Sampler(mixture, {"cfg": cfg(2.0)}, stepper=Heun(), num_steps=3).num_rows == 5

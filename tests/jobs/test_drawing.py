@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import runpy
 from pathlib import Path
 
@@ -11,21 +12,25 @@ import numpy as np
 import pytest
 from etils import epath
 
-from nag_jax.config import Config, from_config_dict
+from nag_jax import feature_nets
+from nag_jax.config import Config, NoiseShiftConfig, from_config_dict
 from nag_jax.data.images import to_float
+from nag_jax.data.sources import DataConfig
 from nag_jax.errors import NagJaxError
 from nag_jax.jobs import drawing, evaluate
 from nag_jax.jobs.drawing import Drawn, draw, images
 from nag_jax.jobs.experiment import Experiment, TrainedNetwork, open_trained
 from nag_jax.metrics.features import FeatureNet, from_function
+from nag_jax.metrics.frechet import frechet_distance, moments
+from nag_jax.metrics.reference import write_reference
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COUNT = 30
 
 
 def quarters(pictures: jax.Array) -> jax.Array:
-    """Means of the four quarters of a picture: [B, 4]."""
-    return pictures.reshape(len(pictures), 2, 4, 2, 4).mean(axis=(2, 4)).reshape(len(pictures), -1)
+    """Means of the four quarters of a grey picture, of one channel or three equal ones: [B, 4]."""
+    return pictures[..., 0].reshape(len(pictures), 2, 4, 2, 4).mean(axis=(2, 4)).reshape(len(pictures), -1)
 
 
 FEATURES: FeatureNet = from_function("quarters", quarters, 4, fingerprint="1")
@@ -126,6 +131,37 @@ def test_another_batch_size_fills_the_gaps(opened, whole, tmp_path: Path):
     for name, drawn in draw_all(opened, tmp_path, 3).items():
         assert np.abs(pictures(drawn).astype(int) - pictures(whole[name])).max() <= 1
         np.testing.assert_array_equal(pictures(drawn)[:8], pictures(whole[name])[:8])
+
+
+def test_a_reference_file_takes_the_place_of_held_out_images(opened, tmp_path: Path, monkeypatch):
+    """No data of the network's own are read where nothing needs them, and the numbers are those of the features."""
+    experiment, network = opened
+    reference = np.random.default_rng(0).random((40, 4)).astype(np.float32)
+    write_reference(tmp_path / "reference.npz", moments(reference))
+    config = experiment.config
+    evaluation = dataclasses.replace(
+        config.eval, reference=str(tmp_path / "reference.npz"), feature_net="ours", save_samples=True
+    )
+    config = dataclasses.replace(
+        config, eval=evaluation, noise_shift=NoiseShiftConfig(times=()), data=DataConfig(data_dir="/nowhere")
+    )
+    assert not evaluate.needs_data(config)
+    monkeypatch.setattr(feature_nets, "load_feature_net", lambda folder: FEATURES)
+    experiment = Experiment(
+        config, epath.Path(tmp_path / "w"), experiment.mesh, experiment.description, experiment.network_folder
+    )
+    folder = evaluate.evaluate(experiment, network)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["floor"] is None and metrics["num_reference"] == 40
+    for method in ("plain", "nag"):
+        with np.load(folder / f"samples-{method}.npz") as samples:
+            vectors = np.asarray(quarters(to_float(samples["arr_0"])))
+        expected = frechet_distance(moments(vectors), moments(reference))
+        assert metrics["methods"][method]["frechet_distance"] == pytest.approx(expected, rel=1e-4)
+        assert metrics["methods"][method]["curve"]["sizes"][-1] == COUNT
+        assert "precision" not in metrics["methods"][method], "statistics have no images to be precise about"
+    assert not (folder / "blocks").exists() and not (folder / "noise_shift.json").exists()
+    assert evaluate.evaluate(experiment, network) == folder
 
 
 def test_a_sample_that_is_not_finite_is_named(opened, tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["launch/environment.sh", "launch/local.sh", "launch/test.sh", ".ci/run"]
-FILES = ["pyproject.toml", "requirements/parity.txt", "requirements/parity-no-deps.txt"]
+FILES = ["pyproject.toml", "requirements/parity.txt", "requirements/parity-no-deps.txt", "requirements/plan.txt"]
 PIP = "-m pip install --no-input --disable-pip-version-check "
 
 # Answers questions (-c) with the real Python, makes an environment by copying itself, else only takes notes.
@@ -139,7 +139,7 @@ def test_local_becomes_the_training_process_so_signals_reach_it(project: Project
     assert project.calls_file.read_text().splitlines()[-1].startswith(f"{process.pid} -m nag_jax.main")
 
 
-@pytest.mark.parametrize("file", ["pyproject.toml", "requirements/parity.txt"])
+@pytest.mark.parametrize("file", ["pyproject.toml", "requirements/parity.txt", "requirements/plan.txt"])
 def test_a_changed_requirement_installs_again_without_a_new_environment(project: Project, file: str) -> None:
     project.run("launch/local.sh")
     with open(project.folder / file, "a") as requirements:
@@ -172,7 +172,7 @@ def test_parity_peers_are_installed_on_python_311_only(project: Project) -> None
     installs = [line.removeprefix(PIP) for line in project.calls("-m pip")]
     if sys.version_info[:2] == (3, 11):
         assert installs == [
-            "-e .[test] -r requirements/parity.txt",
+            "-e .[test] -r requirements/parity.txt -r requirements/plan.txt",
             "--no-deps -r requirements/parity-no-deps.txt",
         ]
     else:

@@ -1,0 +1,105 @@
+"""A plan in words: the lines that `--mode=plan` prints, of the content of its plan.json. Nothing is computed here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nag_jax.plan.topologies import GIB
+
+
+def table(plan: dict[str, Any]) -> str:
+    """The lines of a plan.
+
+    Args:
+        plan: content of plan.json.
+    """
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    limit = "not known" if plan["memory_limit"] is None else size_text(plan["memory_limit"])
+    training, sampling = plan["training"], plan["sampling"]
+    lines = [
+        f"{plan['topology']}: {plan['device_kind']} x{plan['devices']} ({mesh}), memory of each {limit}",
+        "",
+        f"training, batch {training['batch_size']}, remat {training['remat']}",
+        *program_lines(training),
+        f"  {'state alone':<22}{size_text(training['state_bytes'])}",
+    ]
+    if (largest := plan["largest_batch"]) is not None:
+        lines.append(f"  {'largest batch':<22}{largest_words(largest)}")
+    if not training["fits"]:
+        lines += ["", *suggestion_lines(plan["suggestion"])]
+    if sampling is not None:
+        lines += [
+            "",
+            f"sampling, batch {sampling['batch_size']}, {sampling['num_steps']} steps of {sampling['stepper']}, "
+            f"{sampling['method']}",
+            *program_lines(sampling),
+        ]
+    lines += ["", "Times are roofline estimates: peak products, full bandwidth. A real run is slower."]
+    return "\n".join(lines)
+
+
+def program_lines(program: dict[str, Any]) -> list[str]:
+    """Memory, collectives and times of one program, indented."""
+    needed = program["needed_bytes"]
+    if "memory" not in program:
+        size = "more than there is" if needed is None else size_text(needed)
+        return [f"  {'does not fit':<22}it would need {size}"]
+    memory = program["memory"]
+    parts = ", ".join(f"{name} {size_text(memory[name])}" for name in ("arguments", "temporaries", "outputs", "code"))
+    verdict = "" if program["fits"] else ": does not fit"
+    lines = [
+        f"  {'memory of a device':<22}{size_text(memory['total'])} ({parts}){verdict}",
+        f"  {'operations':<22}{program['flops'] / 1e12:.4g} TFLOP",
+    ]
+    for kind, sums in program["collectives"].items():
+        received = size_text(sums["received"])
+        lines.append(f"  {kind:<22}{sums['count']}, {size_text(sums['bytes'])} in all, {received} to each device")
+    if not program["collectives"]:
+        lines.append(f"  {'collectives':<22}none")
+    if (line := program.get("roofline")) is None:
+        return [*lines, f"  {'time':<22}not estimated: this device's speed is not in the table of chips"]
+    least, most = line["communication_share"]
+    resources = ("compute", "memory", "communication")
+    each = ", ".join(f"{part} {duration_text(line[f'{part}_seconds'])}" for part in resources)
+    hidden, bare = duration_text(line["seconds"]), duration_text(line["seconds_without_overlap"])
+    return [
+        *lines,
+        f"  {'time, estimated':<22}{hidden} to {bare}: {each}",
+        f"  {'images a second':<22}{program['batch_size'] / line['seconds']:.4g} at best",
+        f"  {'lost to communication':<22}{least:.0%} where it hides behind the rest, {most:.0%} where it does not",
+    ]
+
+
+def largest_words(largest: dict[str, Any]) -> str:
+    """The outcome of the search of a batch."""
+    if not largest["fits"]:
+        return f"none was seen to fit; {largest['too_large']} is too large"
+    if largest["too_large"] is None:
+        return f"{largest['fits']} fits, and larger ones may"
+    return f"{largest['fits']} fits, {largest['too_large']} does not"
+
+
+def suggestion_lines(suggestion: dict[str, Any] | None) -> list[str]:
+    """What to set where the config does not fit."""
+    if suggestion is None:
+        return ["Nothing that was tried fits. Choose more devices, or a smaller network."]
+    keys = ("parallel.data", "parallel.fsdp", "parallel.tensor")
+    flags = [f"--config.{key}={suggestion[key.partition('.')[2]]}" for key in keys]
+    flags += [f"--config.model.remat={suggestion['remat']}", f"--config.batch_size={suggestion['batch_size']}"]
+    return ["What fits: " + " ".join(flags), *program_lines(suggestion)]
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes in a unit that suits them."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def duration_text(duration: float) -> str:
+    """A duration in a unit that suits it."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if duration >= size:
+            return f"{duration / size:.3g} {unit}"
+    return f"{duration / 1e-6:.3g} us"

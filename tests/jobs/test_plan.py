@@ -1,0 +1,204 @@
+"""`--mode=plan`: on this machine, for TPUs where their compiler is installed, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from etils import epath
+
+from nag_jax import flops
+from nag_jax.config import Config, SamplingConfig
+from nag_jax.data.sources import DataConfig
+from nag_jax.diffusion.objective import Objective
+from nag_jax.errors import UserError
+from nag_jax.jobs import plan
+from nag_jax.jobs.plan_programs import Memory, Program, needed_bytes
+from nag_jax.models.dit import REMAT_POLICIES, ModelConfig
+from nag_jax.parallel import ParallelConfig
+from nag_jax.plan.topologies import CHIPS, Topology
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TINY = Config(
+    batch_size=16,
+    data=DataConfig(name="imagenet2012", image_size=64, channels=3, latents="nowhere"),
+    model=ModelConfig(depth=1, hidden_size=32, num_heads=2, patch_size=2),
+    objective=Objective(label_dropout=0.1, noise_dropout=0.1),
+    sampling=SamplingConfig(num_steps=3, batch_size=8),
+)
+HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nag_jax.main", "--mode=plan", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_this_machine_end_to_end(tmp_path: Path):
+    arguments = ("--config=configs/digits.py:smoke", "--topology=local", f"--workdir={tmp_path}")
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    folder = Path(result.stdout.splitlines()[-1].removeprefix("written: "))
+    assert folder.parent == tmp_path / "plan"
+    content = json.loads((folder / "plan.json").read_text())
+    conditions = json.loads((folder / "conditions.json").read_text())
+    assert content["training"]["fits"] and content["sampling"]["fits"]
+    assert content["training"]["collectives"] == {}
+    model = ModelConfig(depth=1, hidden_size=16, num_heads=2)
+    assert content["training"]["flops"] == 16 * 3 * flops.dit_forward(model, (8, 8, 1))
+    # Heun makes 2 n - 1 evaluations, CFG with NAG takes three branches.
+    assert content["sampling"]["method"].startswith("cfg+nag")
+    assert content["sampling"]["flops"] == 50 * 5 * 3 * flops.dit_forward(model, (8, 8, 1))
+    assert conditions["topology"] == "local" and conditions["network"]["num_classes"] == 10
+    assert "compiling" not in run(*arguments).stderr, "a finished plan is read back"
+    assert not (tmp_path / "config.json").exists(), "the folder can still be trained in"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--mode=plan and --topology go together"),
+        (["--topology=local", "--mode=train"], "--mode=plan and --topology go together"),
+        (["--topology=local", "--checkpoint=x"], "--mode=plan has no --checkpoint"),
+        (["--topology=v5e:4by4"], "Nearest: v5e:4x4"),
+        (["--topology=local", "--config.parallel.fsdp=3"], "does not use the 1 device(s) exactly"),
+        (["--topology=local", "--config.parallel.mode=pmap"], "Set config.parallel.mode = 'jit'"),
+        (["--topology=local", "--config.data.name=image_folder"], "number of classes of an image folder"),
+    ],
+)
+def test_a_users_mistake_gives_one_sentence(arguments: list[str], message: str, tmp_path: Path):
+    result = run(*arguments, f"--workdir={tmp_path / 'w'}")
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_dry_run_compiles_and_writes_nothing(tmp_path: Path):
+    result = run(
+        "--config=configs/digits.py:smoke", "--topology=local", "--dry_run", f"--workdir={tmp_path / 'w'}"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "batches of 16" in result.stdout and "compiling" not in result.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_latents_that_are_not_there_are_those_of_stable_diffusion():
+    described = plan.describe_network(TINY)
+    assert described.sample_shape == (8, 8, 4) and described.num_classes == 1000
+    assert described.latent is not None and described.latent.encoder_hash == ""
+    with pytest.raises(UserError, match="multiple of 8"):
+        plan.describe_network(dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, image_size=60)))
+
+
+def test_remat_policies_are_ordered_all():
+    assert sorted(plan.REMAT_ORDER) == sorted(REMAT_POLICIES)
+
+
+def test_alternatives_split_first_then_keep_less_then_take_fewer():
+    config = dataclasses.replace(TINY, batch_size=64, model=dataclasses.replace(TINY.model, remat="dots"))
+    tried = [(c.parallel.fsdp, c.model.remat, c.batch_size) for c in plan.alternatives(config, 16)]
+    assert tried == [
+        (16, "dots", 64),
+        (16, "dots_no_batch", 64),
+        (1, "dots_no_batch", 64),
+        (16, "full", 64),
+        (1, "full", 64),
+        (16, "full", 32),
+        (16, "full", 16),
+    ]
+    halves = dataclasses.replace(config, parallel=ParallelConfig(tensor=2))
+    for candidate in plan.alternatives(halves, 16):
+        assert (candidate.parallel.data, candidate.parallel.fsdp, candidate.parallel.tensor) in ((1, 8, 2), (-1, 1, 2))
+
+
+class SmallMachine:
+    """Stands in for compilation: a device needs `bytes_per_row` for each of its rows, and all its state."""
+
+    def __init__(self, bytes_per_row: float, limit: float):
+        chip = dataclasses.replace(CHIPS["v5e"], hbm_bytes=limit)
+        devices = tuple(SimpleNamespace(device_kind="made up", platform="cpu") for _ in range(16))
+        self.topology = Topology("made up", devices, chip)
+        self.bytes_per_row = bytes_per_row
+
+    def compile(self, config: Config, *_: object) -> Program:
+        parts = {"none": 1.0, "dots": 0.5, "dots_no_batch": 0.25, "full": 0.125}
+        state = 1600 // config.parallel.fsdp
+        rows = config.batch_size / 16 * self.bytes_per_row * parts[config.model.remat]
+        memory = Memory(arguments=state, outputs=0, temporaries=int(rows), code=0)
+        return Program(memory, memory.total, (), 0.0, 1e12, 1.0)
+
+
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> SmallMachine:
+    machine = SmallMachine(bytes_per_row=100.0, limit=500.0)
+    monkeypatch.setattr(plan, "compile_training", machine.compile)
+    mesh = SimpleNamespace(shape={"data": 1, "fsdp": 16, "tensor": 1})
+    monkeypatch.setattr(plan, "make_mesh", lambda *_: mesh)
+    monkeypatch.setattr(plan, "state_bytes", lambda config, *_: 1600 // config.parallel.fsdp)
+    return machine
+
+
+def test_the_first_alternative_that_fits_is_suggested(small_machine: SmallMachine):
+    """1600 bytes of state fit only if split: 100 a device, which leaves 400 for 8 rows of at most 50 bytes."""
+    config = dataclasses.replace(TINY, batch_size=128)
+    suggestion = plan.suggest(config, plan.describe_network(config), small_machine.topology)
+    assert suggestion is not None
+    assert (suggestion["fsdp"], suggestion["remat"], suggestion["batch_size"]) == (16, "dots", 128)
+
+
+def test_the_largest_batch_is_a_multiple_of_the_devices(small_machine: SmallMachine):
+    """400 bytes are left for rows of 100: four on each of sixteen devices."""
+    config = dataclasses.replace(TINY, batch_size=16, parallel=ParallelConfig(data=1, fsdp=16))
+    first = small_machine.compile(config)
+    found = plan.largest_batch(config, plan.describe_network(config), small_machine.topology, first)
+    assert (found["fits"], found["too_large"]) == (64, 80)
+
+
+@pytest.mark.parametrize(
+    ("message", "gibibytes"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 39.95G of 15.75G hbm. Exceeded", 39.95),
+        ("Ran out of memory on HBM, the total memory required for HLO temporaries (47.11G) exceeds available", 49.11),
+        ("something else", None),
+    ],
+)
+def test_what_the_compiler_says_it_needs(message: str, gibibytes: float | None):
+    """The second message leaves the arguments out, here 2 GiB."""
+    assert needed_bytes(message, 2 * 2**30) == pytest.approx(None if gibibytes is None else gibibytes * 2**30)
+
+
+@pytest.mark.skipif(HAS_TPU_COMPILER, reason="the TPU compiler is installed")
+def test_without_the_tpu_compiler_the_extra_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"pip install 'nag_jax\[plan\]'"):
+        plan.run(TINY, "v5e:2x2", epath.Path(tmp_path))
+
+
+@pytest.mark.serial
+@pytest.mark.skipif(not HAS_TPU_COMPILER, reason="the TPU compiler, libtpu, is not installed (extra: plan)")
+def test_a_tiny_config_is_compiled_for_a_tpu(tmp_path: Path):
+    config = dataclasses.replace(TINY, parallel=ParallelConfig(fsdp=2))
+    topology, description = plan.open_plan(config, "v5e:2x2")
+    assert len(topology.devices) == 4 and {device.platform for device in topology.devices} == {"tpu"}
+    program = plan.compile_training(config, description, topology)
+    assert program.fits(topology) and program.memory is not None
+    assert program.memory.total <= CHIPS["v5e"].hbm_bytes
+    assert sum(each.received_bytes for each in program.collectives) > 0
+    sampling = plan.plan_sampling(config, description, topology)
+    assert sampling is not None and sampling["fits"]
+    least, most = sampling["roofline"]["communication_share"]
+    assert 0.0 <= least <= most < 1.0
+
+
+@pytest.mark.serial
+@pytest.mark.skipif(not HAS_TPU_COMPILER, reason="the TPU compiler, libtpu, is not installed (extra: plan)")
+def test_a_shape_that_no_slice_has_is_refused():
+    with pytest.raises(UserError, match="v5e:3x5 is not a slice that the TPU compiler knows"):
+        plan.open_plan(TINY, "v5e:3x5")
