@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced, after environment.sh, by the scripts that call the tools of a cloud or a cluster: `run` a command, or print it
-# after --dry-run, quoted so that it can be copied into a shell; and the checks of their settings.
+# Sourced, after environment.sh, by the scripts that call tools of a cloud or a cluster: `run` a command, or print it
+# after --dry-run, quoted so that it can be copied into a shell; and the checks of settings.
 
 dry_run=no
 
@@ -43,7 +43,24 @@ need() {
   [[ -n "$2" ]] || fail 2 "$1 is missing. $3"
 }
 
-# The lines between the first and the first empty one of a script's head: its usage.
+# The comment at the head of a script: its usage.
 usage() {
-  sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$1"
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$1"
+}
+
+# Splits a script's arguments: into those for nag_jax.main, in `arguments`, and --dry-run; `job` is what their --mode
+# computes, train or sample.
+# shellcheck disable=SC2034 # both are read by the scripts that source this
+split_arguments() {
+  local argument
+  job=train
+  arguments=()
+  for argument in "$@"; do
+    case $argument in
+      --dry-run) dry_run=yes && continue ;;
+      --mode=train) job=train ;;
+      --mode=*) job=sample ;;
+    esac
+    arguments+=("$argument")
+  done
 }

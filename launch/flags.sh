@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the launch scripts: compiler flags for GPUs and TPUs. Few, each with its reason and with what is known of it;
-# flags of your own (XLA_FLAGS, LIBTPU_INIT_ARGS) come after these and win. Every run records both variables in its
-# environment.json. To try another set, change a line here or give yours.
+# Sourced by the launch scripts: compiler flags for GPUs and TPUs. Few, each with its reason and with what is known of
+# it; flags of your own (XLA_FLAGS, LIBTPU_INIT_ARGS) come after these and win. Every run records both variables in its
+# environment.json.
 
 # gpu_flags train|sample
 gpu_flags() {
@@ -15,7 +15,8 @@ gpu_flags() {
 
 # The TPU compiler reads flags of its own from LIBTPU_INIT_ARGS; in XLA_FLAGS they would end the process.
 tpu_flags() {
-  # Gathers of parameters (parallel.fsdp) and sums of gradients while products run. Not measured: no TPU was at hand.
+  # Gathers of parameters (parallel.fsdp) and sums of gradients while products run. libtpu 0.0.42 takes these flags;
+  # what they do was not measured, for no TPU was at hand.
   local flags="--xla_enable_async_all_gather=true"
   flags+=" --xla_tpu_enable_async_collective_fusion=true"
   flags+=" --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"

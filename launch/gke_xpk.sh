@@ -14,8 +14,8 @@
 #   --project=PROJECT  CLOUDSDK_CORE_PROJECT   otherwise that of gcloud's settings
 #   --type=TYPE        XPK_TPU_TYPE            of each slice, such as v5e-256 (v5litepod-256), v6e-16
 #   --slices=COUNT     XPK_SLICES              default 1; parallel.fsdp x parallel.tensor must divide a slice's chips
-#   --image=IMAGE      XPK_IMAGE               whose folder at start is a checkout of this project; otherwise this folder
-#                                              is laid into python:3.12, and packages are installed at each start
+#   --image=IMAGE      XPK_IMAGE               whose folder at start is a checkout of this project; otherwise this
+#                                              folder is laid into python:3.12, and packages are installed at each start
 #   --workdir=FOLDER   XPK_WORKDIR             gs://BUCKET/FOLDER
 #   --config=CONFIG    XPK_CONFIG              config file with options
 #   --restarts=COUNT   XPK_RESTARTS            how often it may start again; default 50
@@ -30,7 +30,7 @@ source launch/commands.sh
 
 create_workload() {
   local run_line source_flags=()
-  need --type "$type" "Give the slices' type, such as --type=v5e-16."
+  need --type "$type" "Give the type of a slice, such as --type=v5e-16."
   need --config "$config" "Give the config file, such as --config=configs/imagenet256.py:sit_xl2,nag."
   need --workdir "$workdir" "Give the work folder, such as --workdir=gs://BUCKET/runs/nag."
   [[ $workdir == gs://* ]] || fail 2 "--workdir=$workdir ends with the container. Give gs://BUCKET/FOLDER."
@@ -54,7 +54,7 @@ case $command in
     usage launch/gke_xpk.sh
     exit 0
     ;;
-  *) fail 2 "'$command' is no command. Give create, list or delete; see --help." ;;
+  *) fail 2 "'$command' is none of create, list, delete; see --help." ;;
 esac
 
 cluster=${XPK_CLUSTER:-}

@@ -5,27 +5,20 @@
 #   ./launch/gpu_node.sh --dry-run ...    prints what it would run
 #
 # Every other argument goes to nag_jax.main. Makes .venv with JAX for CUDA the first time (PYTHON: see environment.sh)
-# and sets the compiler flags of flags.sh. CUDA_VISIBLE_DEVICES chooses among the GPUs. For several machines: slurm.sbatch.
+# and sets the compiler flags of flags.sh. CUDA_VISIBLE_DEVICES chooses among the GPUs. Several machines: slurm.sbatch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 source launch/commands.sh
 source launch/flags.sh
 
-job=train
-arguments=()
-for argument in "$@"; do
-  case $argument in
-    --dry-run) dry_run=yes ;;
-    --mode=train) job=train ;;
-    --mode=*) job=sample ;;
-  esac
-  [[ $argument == --dry-run ]] || arguments+=("$argument")
-done
-[[ ${#arguments[@]} -gt 0 ]] || fail 2 "no arguments for nag_jax.main. Give at least --config=FILE or --mode; --help lists them."
+split_arguments "$@"
+[[ ${#arguments[@]} -gt 0 ]] ||
+  fail 2 "no arguments for nag_jax.main. Give at least --config=FILE or --mode; --help lists them."
 
 if [[ $dry_run == no ]]; then
-  nvidia-smi --list-gpus >&2 || fail 2 "nvidia-smi finds no GPU here. Install the NVIDIA driver, or take launch/local.sh."
+  nvidia-smi --list-gpus >&2 ||
+    fail 2 "nvidia-smi finds no GPU here. Install the NVIDIA driver, or take launch/local.sh."
 fi
 
 run export NAG_JAX_EXTRA=gpu

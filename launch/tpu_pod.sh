@@ -61,8 +61,10 @@ await_slice() {
     state=$("${ask[@]}")
     case $state in
       ACTIVE) return ;;
-      FAILED | SUSPENDING | SUSPENDED) fail 1 "the request for $name is $state. See: gcloud compute tpus" \
-        "queued-resources describe $name --zone=$zone; then delete it and ask again." ;;
+      FAILED | SUSPENDING | SUSPENDED)
+        fail 1 "the request for $name is $state; see: gcloud compute tpus queued-resources describe $name" \
+          "--zone=$zone. Delete it (delete --queued) and ask again."
+        ;;
     esac
     say "the request for $name is $state; asking again in $POLL_SECONDS s ..."
     sleep "$POLL_SECONDS"
@@ -125,7 +127,7 @@ resume_run() {
 }
 
 need_type() {
-  need --type "$type" "Give the slice's type, such as --type=v5e-16."
+  need --type "$type" "Give the type of the slice, such as --type=v5e-16."
   need --version "$version" "The software version of $type is not known here. Give --version, from Google's list."
 }
 
@@ -145,7 +147,7 @@ case $command in
     usage launch/tpu_pod.sh
     exit 0
     ;;
-  *) fail 2 "'$command' is no command. Give create, queue, install, start, follow, resume, delete or all; see --help." ;;
+  *) fail 2 "'$command' is none of create, queue, install, start, follow, resume, delete, all; see --help." ;;
 esac
 
 name=${TPU_POD_NAME:-}
