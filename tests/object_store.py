@@ -73,13 +73,19 @@ class ObjectStore(fsspec.AbstractFileSystem):
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """There are no folders to make."""
 
-    def _rm(self, path: str) -> None:
-        self.objects.pop(self._strip_protocol(path), None)
-
     def rm_file(self, path: str) -> None:
-        if self._strip_protocol(path) not in self.objects:
+        path = self._strip_protocol(path)
+        if path not in self.objects and not any(name.startswith(path + "/") for name in self.objects):
             raise FileNotFoundError(path)
-        self._rm(path)
+        self.objects.pop(path, None)
+
+    def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
+        path = self._strip_protocol(path)
+        if not recursive:
+            self.rm_file(path)
+            return
+        for name in [name for name in self.objects if name == path or name.startswith(path + "/")]:
+            self.rm_file(name)
 
     def rmdir(self, path: str) -> None:
         """There are no folders to remove."""
