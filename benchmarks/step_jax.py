@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import runpy
 import time
 from pathlib import Path
@@ -40,8 +39,8 @@ GUIDANCES = {
 
 
 def environment() -> dict[str, Any]:
-    flags = {name: os.environ[name] for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION") if os.environ.get(name)}
-    return experiment.environment() | {"flags": flags}
+    """What step_torch's `environment` is for the other side."""
+    return experiment.environment()
 
 
 def device_kind() -> str:

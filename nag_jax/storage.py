@@ -8,6 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -16,33 +19,79 @@ from etils import epath
 
 from nag_jax.errors import NagJaxError, UserError
 
+LARGEST_IN_MEMORY = 64 * 2**20  # bytes of a file for an object store; a larger one is collected on disk
+
+
+def is_object_store(path: epath.PathLike) -> bool:
+    """Whether `path` lies in an object store such as gs://, which neither appends to a file nor renames one."""
+    return "://" in os.fspath(path)
+
 
 @contextlib.contextmanager
 def whole_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
     """A file to write, of which a reader sees the old content or the whole new one, never a part.
 
-    A local file is written beside its place and renamed; an object store publishes an object only when it is complete.
+    A local file is written beside its place and renamed. What goes to an object store is collected on this machine and
+    sent when it is complete: the store's own files publish what they hold when they are closed, after an error too.
 
     Raises:
         NagJaxError: the file cannot be written (a full disk, no permission); an old file is left as it was.
     """
     path = epath.Path(path)
-    is_remote = "://" in str(path)
-    beside = path if is_remote else path.parent / f".{path.name}.partial"
+    try:
+        with _sent_when_whole(path) if is_object_store(path) else _renamed_when_whole(path) as file:
+            yield file
+    except OSError as error:
+        reason = error.strerror or error
+        raise NagJaxError(f"Cannot write {path}: {reason}. Free space or choose another folder.") from error
+
+
+@contextlib.contextmanager
+def _renamed_when_whole(path: epath.Path) -> Iterator[IO[bytes]]:
+    beside = path.parent / f".{path.name}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
             yield file
-        if not is_remote:
-            beside.replace(path)
-    except BaseException as error:
-        if not is_remote:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-        if not isinstance(error, OSError):
-            raise
-        reason = error.strerror or error
-        raise NagJaxError(f"Cannot write {path}: {reason}. Free space or choose another folder.") from error
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def _sent_when_whole(path: epath.Path) -> Iterator[IO[bytes]]:
+    with tempfile.SpooledTemporaryFile(max_size=LARGEST_IN_MEMORY) as collected:
+        yield collected  # type: ignore[misc]  # an IO[bytes] in all but its declared bases
+        collected.seek(0)
+        with path.open("wb") as file:
+            shutil.copyfileobj(collected, file, LARGEST_IN_MEMORY)
+
+
+class GrowingObject:
+    """A file of an object store that grows: kept in memory, and sent whole by every `flush`. For small files only.
+
+    Args:
+        path: where it is published.
+        content: what it begins with.
+    """
+
+    def __init__(self, path: epath.PathLike, content: bytes = b"") -> None:
+        self._path = epath.Path(path)
+        self._content = bytearray(content)
+
+    def write(self, content: bytes) -> None:
+        """Adds to what the next `flush` sends."""
+        self._content += content
+
+    def flush(self) -> None:
+        """Sends all that was written. Raises NagJaxError if that fails."""
+        write_bytes(self._path, bytes(self._content))
+
+    def close(self) -> None:
+        """The last `flush`."""
+        self.flush()
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
@@ -30,16 +31,27 @@ _HAS_PEERS = sys.version_info[:2] == (3, 11)
 _MUST_NOT_SKIP = _HAS_PEERS and bool(os.environ.get("CI"))
 
 
-@pytest.fixture(scope="session")
-def torch_dit() -> ModuleType:
-    """The module tests/models/torch_dit.py, which importlib mode imports by no name; skips without torch."""
-    pytest.importorskip("torch")
-    path = Path(__file__).with_name("models") / "torch_dit.py"
-    spec = importlib.util.spec_from_file_location("torch_dit", path)
+def _module(path: str) -> ModuleType:
+    """A module of this folder that holds no tests, which importlib mode imports by no name."""
+    file = Path(__file__).with_name(path)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def torch_dit() -> ModuleType:
+    """The module tests/models/torch_dit.py; skips without torch."""
+    pytest.importorskip("torch")
+    return _module("models/torch_dit.py")
+
+
+@pytest.fixture
+def object_store(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty `ObjectStore` of tests/object_store.py, which every gs:// path of epath leads to."""
+    return _module("object_store.py").install(monkeypatch)
 
 
 class _Mocks(ModuleType):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 
 from nag_jax import storage
 from nag_jax.errors import NagJaxError, UserError
@@ -46,3 +48,37 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path):
     (tmp_path / "cut.json").write_text('{"a": ')
     with pytest.raises(UserError, match="cut.json is damaged"):
         storage.read_json(tmp_path / "cut.json")
+
+
+def test_an_object_is_sent_when_it_is_complete_and_never_before(object_store: Any):
+    path = "gs://bucket/run/x"
+    storage.write_bytes(path, b"old")
+    with pytest.raises(ZeroDivisionError), storage.whole_file(path) as file:
+        file.write(b"half of the n")
+        raise ZeroDivisionError
+    assert object_store.objects == {"bucket/run/x": b"old"}
+    storage.write_bytes(path, b"new")
+    assert object_store.objects == {"bucket/run/x": b"new"}
+
+
+def test_a_file_larger_than_memory_is_sent_whole(object_store: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "LARGEST_IN_MEMORY", 10)
+    with storage.whole_file("gs://bucket/x") as file:
+        for number in range(7):
+            file.write(bytes([number]) * 9)
+    assert object_store.objects["bucket/x"] == b"".join(bytes([number]) * 9 for number in range(7))
+
+
+def test_a_growing_object_is_what_was_written_up_to_its_last_flush(object_store: Any):
+    growing = storage.GrowingObject("gs://bucket/x", b"a")
+    growing.write(b"b")
+    growing.flush()
+    growing.write(b"c")
+    assert object_store.objects["bucket/x"] == b"ab"
+    growing.close()
+    assert object_store.objects["bucket/x"] == b"abc"
+
+
+def test_only_addresses_with_a_scheme_are_object_stores(tmp_path: Path):
+    assert storage.is_object_store("gs://bucket/x") and storage.is_object_store(epath.Path("gs://bucket") / "x")
+    assert not storage.is_object_store(tmp_path) and not storage.is_object_store("runs/x")

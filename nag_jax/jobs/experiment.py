@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -37,6 +38,8 @@ from nag_jax.parallel import make_mesh, param_shardings, place
 from nag_jax.params_hash import params_hash
 
 ENVIRONMENT_FILE = "environment.json"
+# The variables that XLA, its TPU part and its memory pool on GPUs are steered by; launch/flags.sh sets the first two.
+COMPILER_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 ORIGINAL_FOLDER = "original"  # of the network that fine-tuning started from, in the work folder
 
 
@@ -309,13 +312,14 @@ def describe_experiment(experiment: Experiment, mode: str, methods: Mapping[str,
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and commit, to stand beside results."""
+    """Versions, device, compiler flags and commit, to stand beside results."""
     packages = ("nag_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     device = jax.devices()[0]
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": f"{device.device_kind} x{jax.device_count()}",
         "processes": jax.process_count(),
+        "compiler_flags": {name: os.environ[name] for name in COMPILER_FLAGS if os.environ.get(name)},
         "commit": commit(),
         "command": " ".join(["python -m nag_jax.main", *map(shlex.quote, sys.argv[1:])]),
     }

@@ -264,6 +264,8 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
                 unread = []
                 log_start, log_step = time.perf_counter(), step
             if is_saved:
+                if writer is not None:
+                    writer.flush()
                 # Under pmap each process holds a state of its own, all alike; what is saved is one.
                 checkpoints.save(place(state, pmap_sharding(PMAP_AXIS)) if is_pmap else state)
             if is_evaluated:
