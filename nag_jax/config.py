@@ -49,12 +49,17 @@ class LogConfig:
 
     Attributes:
         every_steps: training steps between two lines of metrics.jsonl.
+        profile_steps: (first, last) training step of a profiler trace in profile/; none by default.
     """
 
     every_steps: int = 50
+    profile_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_at_least("log", self, every_steps=1)
+        steps = self.profile_steps
+        if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+            raise UserError(f"log.profile_steps = {steps} must be (first, last), such as (10, 14), or nothing.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +206,19 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_at_least("config", self, seed=0, batch_size=1, num_steps=1)
+        together = self.parallel.steps_per_dispatch
+        steps = {
+            "num_steps": self.num_steps,
+            "log.every_steps": self.log.every_steps,
+            "checkpoint.every_steps": self.checkpoint.every_steps,
+            "eval.every_steps": self.eval.every_steps,
+        }
+        uneven = [f"{key} = {value}" for key, value in steps.items() if value % together]
+        if uneven:
+            raise UserError(
+                f"parallel.steps_per_dispatch = {together} steps run together, so {' and '.join(uneven)} must be a "
+                "multiple of it. Change one of them."
+            )
         if self.optimizer.trainable != "all" and self.objective.noise_dropout == 0.0:
             raise UserError(
                 f"optimizer.trainable = {self.optimizer.trainable!r} trains what is used only where the noise "

@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
         plan_devices(TOPOLOGY.value)
         return
 
-    from nag_jax import hosts
+    from nag_jax import compilation_cache, hosts
 
     hosts.start(
         COORDINATOR_ADDRESS.value,
@@ -99,6 +99,7 @@ def main(arguments: list[str]) -> None:
         PROCESS_ID.value,
         stops_at_one_step=MODE.value == "train",
     )
+    compilation_cache.use()
     if MODE.value == "encode":
         if CHECKPOINT.value or WORKDIR.value:
             raise UserError("--mode=encode has no --checkpoint and no --workdir; it writes to --config.data.latents.")

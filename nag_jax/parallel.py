@@ -40,14 +40,21 @@ class ParallelConfig:
         data: devices along the data axis; -1 takes all that the other axes leave.
         fsdp: devices along which parameters, optimizer state and averages are split, besides the batch.
         tensor: devices along which wide layers are split.
+        steps_per_dispatch: training steps that run as one program, for steps so short that starting each would count.
     """
 
     mode: Literal["jit", "pmap"] = "jit"
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    steps_per_dispatch: int = 1
 
     def __post_init__(self) -> None:
+        if self.steps_per_dispatch < 1 or (self.steps_per_dispatch > 1 and self.mode == "pmap"):
+            raise UserError(
+                f"parallel.steps_per_dispatch = {self.steps_per_dispatch} must be at least 1, and 1 under "
+                "parallel.mode = 'pmap'."
+            )
         if self.mode not in ("jit", "pmap"):
             raise UserError(f"parallel.mode = {self.mode!r} is not one of jit, pmap.")
         if self.mode == "pmap" and (self.fsdp, self.tensor) != (1, 1):

@@ -33,6 +33,7 @@ from nag_jax.jobs.experiment import (
     open_training,
 )
 from nag_jax.jobs.interrupt import Stopped, stop_on_signals
+from nag_jax.jobs.profile import StepProfiler
 from nag_jax.jobs.results import check_judge
 from nag_jax.metric_writer import MetricWriter
 from nag_jax.models.dit import init_params
@@ -52,7 +53,7 @@ from nag_jax.progress import progress, stage
 from nag_jax.training.ema import decay_per_step
 from nag_jax.training.optimizer import NULL_NOISE_EMBEDDING, learning_rate, make_optimizer
 from nag_jax.training.state import TrainState, init_state
-from nag_jax.training.step import TrainStep, jit_train_step, make_train_step, pmap_train_step
+from nag_jax.training.step import TrainStep, jit_train_step, make_train_step, pmap_train_step, several_steps
 
 PMAP_AXIS = "batch"
 CONFIG_FILE = "config.json"
@@ -194,10 +195,13 @@ def make_state(experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainS
 def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, shardings: Any) -> TrainState:
     """The training loop, from `state.step` to `config.num_steps`."""
     config, mesh, workdir = experiment.config, experiment.mesh, experiment.workdir
-    is_pmap = config.parallel.mode == "pmap"
+    train_start = time.perf_counter()
+    is_pmap, together = config.parallel.mode == "pmap", config.parallel.steps_per_dispatch
     function = step_function(config, experiment.description)
     if is_pmap:
         train_step = pmap_train_step(function, PMAP_AXIS)
+    elif together > 1:
+        train_step = jit_train_step(several_steps(function), mesh, shardings, batch_sharding(mesh))
     else:
         train_step = jit_train_step(function, mesh, shardings, batch_sharding(mesh))
     rate = learning_rate(config.optimizer, config.num_steps)
@@ -210,6 +214,11 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
     else:
         part, num_parts = batch_part(mesh, config.batch_size)
     first_step = int(state.step)
+    if first_step % together:
+        raise UserError(
+            f"The run stands at step {first_step}, no multiple of parallel.steps_per_dispatch = {together}. Make it a "
+            "divisor of the step."
+        )
     batches = make_batches(
         experiment.train_source,
         config.data,
@@ -221,8 +230,9 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
     )
     writer = MetricWriter(workdir, first_step) if is_first() else None
     unread: list[Any] = []  # metrics of the steps since the last log step, still on the devices
-    seconds = {"compile": 0.0, "training": 0.0}
-    log_start, log_step = time.perf_counter(), first_step
+    seconds = {"compile": 0.0, "training": 0.0, "waiting for data": 0.0}
+    profiler = StepProfiler(config.log.profile_steps, workdir)
+    log_start, log_step, waited = time.perf_counter(), first_step, 0.0
 
     if first_step and is_evaluation_due(config, first_step):
         # The run may have been interrupted between its checkpoint and its evaluation; a finished one is read back.
@@ -233,17 +243,23 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
         stop_on_signals(at_one_step=True) as stop,
         progress("training", config.num_steps, first_step) as report_progress,
     ):
-        for step in range(first_step + 1, config.num_steps + 1):
-            batch = next(batches)
-            arrays = {name: rows for name, rows in batch.items() if name != "index"}
-            placed: Any = split_batch(arrays) if is_pmap else shard_batch(mesh, arrays)
-            state, metrics = train_step(state, placed, run_key)
+        for step in range(first_step + together, config.num_steps + 1, together):
+            profiler.before(step)
+            asked = time.perf_counter()
+            host_batches = [next(batches) for _ in range(together)]
+            waited += time.perf_counter() - asked
+            placed: list[Any] = []
+            for batch in host_batches:
+                arrays = {name: rows for name, rows in batch.items() if name != "index"}
+                placed.append(split_batch(arrays) if is_pmap else shard_batch(mesh, arrays))
+            state, metrics = train_step(state, tuple(placed) if together > 1 else placed[0], run_key)
             unread.append(metrics)
+            profiler.after(step, metrics)
 
-            if step == first_step + 1:
+            if step == first_step + together:
                 jax.block_until_ready(metrics)
                 seconds["compile"] = time.perf_counter() - log_start
-                log_start, log_step = time.perf_counter(), step
+                log_start, log_step, waited = time.perf_counter(), step, 0.0
 
             # Asked once: a signal that comes later in this round is seen in the next one, after a save.
             is_stopped = stop.is_due(step)
@@ -257,12 +273,14 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
                 if step > log_step:
                     numbers["examples_per_second"] = (step - log_step) * config.batch_size / elapsed
                 numbers["learning_rate"] = float(rate(step - 1))
-                seconds["training"] += elapsed
+                seconds["training"] += elapsed - waited
+                seconds["waiting for data"] += waited
+                numbers["goodput"] = seconds["training"] / (time.perf_counter() - train_start)
                 if writer is not None:
                     writer.write(step, numbers)
                 report_progress(step, f"loss {numbers['loss']:.4f}")
                 unread = []
-                log_start, log_step = time.perf_counter(), step
+                log_start, log_step, waited = time.perf_counter(), step, 0.0
             if is_saved:
                 if writer is not None:
                     writer.flush()
@@ -273,6 +291,7 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
                 log_start = time.perf_counter()
             if is_stopped:
                 break
+    profiler.stop(metrics)
     with stage("saving the last checkpoint"):
         checkpoints.wait()
     if writer is not None:
@@ -303,7 +322,9 @@ def read_metrics(unread: list[Any], *, last_step: int, checkpoints: Checkpoints)
     """
     fetched = jax.device_get(unread)
     scalars = ("loss", "grad_norm", "param_norm")
-    values = np.array([[metrics[name] for name in scalars] for metrics in fetched], np.float64)
+    # Several steps of one dispatch have their metrics together.
+    values = np.array([np.concatenate([np.atleast_1d(metrics[name]) for metrics in fetched]) for name in scalars]).T
+    values = values.astype(np.float64)
     if not np.isfinite(values).all():
         bad_row, bad_column = np.argwhere(~np.isfinite(values))[0]
         bad_step = last_step - len(values) + 1 + int(bad_row)
@@ -315,5 +336,9 @@ def read_metrics(unread: list[Any], *, last_step: int, checkpoints: Checkpoints)
             f"{checkpoints.directory}. Lower optimizer.learning_rate, set optimizer.clip_norm, or look at the data."
         )
     numbers = dict(zip(scalars, values.mean(axis=0).tolist(), strict=True))
-    buckets = {name: sum(metrics["buckets"][name] for metrics in fetched) for name in fetched[0]["buckets"]}
+    num_axes = np.ndim(fetched[0]["loss"])
+    buckets = {
+        name: sum(metrics["buckets"][name].sum(axis=tuple(range(num_axes))) for metrics in fetched)
+        for name in fetched[0]["buckets"]
+    }
     return numbers | summarize_buckets(buckets)

@@ -20,7 +20,7 @@ from nag_jax.training.state import TrainState
 
 Batch: TypeAlias = Mapping[str, jax.Array]
 Metrics: TypeAlias = dict[str, Any]
-TrainStep: TypeAlias = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+TrainStep: TypeAlias = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -137,6 +137,16 @@ def batch_states(
     moments = batch["moments"]
     keys = row_keys(run_key, "latent", step, jnp.arange(len(moments)) if positions is None else positions)
     return sample_states(moments, keys, latent.scaling_factor)
+
+
+def several_steps(step: TrainStep) -> TrainStep:
+    """Steps one after the other as one function, which takes a tuple of batches; its metrics have a leading axis."""
+
+    def steps(state: TrainState, batches: Any, run_key: jax.Array) -> tuple[TrainState, Metrics]:
+        stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *batches)
+        return jax.lax.scan(lambda state, batch: step(state, batch, run_key), state, stacked)
+
+    return steps
 
 
 def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any, batch_sharding: Any) -> TrainStep:

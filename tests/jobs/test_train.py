@@ -15,8 +15,8 @@ import pytest
 from etils import epath
 
 from nag_jax.checkpoint import Checkpoints
-from nag_jax.config import Config, from_config_dict
-from nag_jax.errors import TrainingDivergedError
+from nag_jax.config import Config, LogConfig, from_config_dict
+from nag_jax.errors import TrainingDivergedError, UserError
 from nag_jax.jobs import train
 from nag_jax.metric_writer import read_metrics
 
@@ -58,7 +58,6 @@ def test_a_finished_run_has_everything(finished: Path):
         "conditions.json",
         "metrics.json",
         "samples.png",
-        "curve.png",
         "noise_shift.json",
         "noise_shift.png",
     }
@@ -180,3 +179,26 @@ def test_scheduled_evaluations_come_during_training(runs, tmp_path: Path):
     (early,) = (tmp_path / "eval" / "step_3").iterdir()
     # Scheduled evaluations leave out the noise shift: the estimator belongs to the final network.
     assert not (early / "noise_shift.json").exists() and (early / "metrics.json").exists()
+
+
+def test_steps_that_run_together_are_the_same_steps_and_can_be_traced(finished: Path, runs, tmp_path: Path):
+    arguments = ["--config.parallel.steps_per_dispatch=2", "--config.checkpoint.every_steps=2"]
+    runs.finish(tmp_path, *arguments, "--config.eval.methods=()", "--config.log.profile_steps=(3,4)")
+    expected, found = saved_arrays(finished, 6), saved_arrays(tmp_path, 6)
+    assert expected.keys() == found.keys()
+    for path, values in expected.items():
+        np.testing.assert_allclose(found[path], values, rtol=1e-5, atol=1e-6, err_msg=path)
+    losses_by_step = {line["step"]: line["loss"] for line in read_metrics(finished)}
+    for line in read_metrics(tmp_path):
+        assert 0.0 <= line["goodput"] <= 1.0
+        if line["step"] != 4:  # whose line is of the steps 3 and 4 here, and of 4 alone there
+            assert line["loss"] == pytest.approx(losses_by_step[line["step"]], rel=1e-5)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb")), "a trace was asked for"
+    _, errors = runs.finish(tmp_path, "--config.parallel.steps_per_dispatch=4", expect=2)
+    assert "num_steps = 6 and log.every_steps = 2" in errors and "multiple of it" in errors
+
+
+@pytest.mark.parametrize("steps", [(3,), (4, 3), (0, 2)])
+def test_a_trace_of_no_steps_is_refused(steps: tuple[int, ...]):
+    with pytest.raises(UserError, match="log.profile_steps"):
+        LogConfig(profile_steps=steps)
