@@ -10,13 +10,14 @@ Before, `python -m nag_jax.convert` makes converted/sd_vae_ema and converted/sit
 docs/data.md has the steps. Other places: --config.data.vae, --config.data.latents, --config.init_from.
 
 The paper's figures (arXiv 2510.12497, FID of 50k samples) for XL/2, without and with CFG: DiT 9.62 and 2.27, with NAG
-2.59 and 2.14; SiT 8.61 and 2.06, with NAG 2.26 and 1.72. Nothing here was run on ImageNet, and the distance that a run
-reports is not FID: it is on the features of a classifier of its own.
+2.59 and 2.14; SiT 8.61 and 2.06, with NAG 2.26 and 1.72. Nothing here was run on ImageNet. The distance that a run
+reports is FID only with config.eval.feature_net (a converted Inception) and config.eval.reference; by default it is on
+the features of a classifier of its own.
 
 Options, behind a colon, in any order:
     sit_s2 ... sit_xl8, dit_s2 ... dit_xl8   family, size and patch (default sit_xl2). sit: linear path, velocity,
-                                             Euler-Maruyama in 250 steps. dit: DDPM, noise and learned variance, 250
-                                             ancestral steps.
+    sit_3b2 ... dit_3b8                      Euler-Maruyama in 250 steps. dit: DDPM, noise and learned variance, 250
+                                             ancestral steps. Of 3b, 3 billion parameters, there is no public network.
     nag                                      trains with noise-condition dropout .1 and evaluates NAG; without it the
                                              matched control.
     finetune                                 10 epochs from the converted public network (XL/2), with a constant rate
@@ -33,9 +34,8 @@ from nag_jax.config import choose_options, defaults
 from nag_jax.errors import UserError
 from nag_jax.smoke_config import shrink_latent_config
 
-FAMILIES = tuple(
-    f"{family}_{size}{patch}" for family in ("sit", "dit") for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)
-)
+SIZES = ("s", "b", "l", "xl", "3b")
+FAMILIES = tuple(f"{family}_{size}{patch}" for family in ("sit", "dit") for size in SIZES for patch in (2, 4, 8))
 TRAINING_IMAGES = 1_281_167
 FINE_TUNING_EPOCHS = 10
 

@@ -39,6 +39,7 @@ SIZES = {  # name: (depth, hidden_size, num_heads), arXiv 2212.09748, table 1
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
+    "3B": (40, 2048, 16),  # ours: 3 billion parameters, for meshes to prove themselves on
 }
 
 
@@ -63,7 +64,7 @@ class ModelConfig:
     """What a configuration may say about the network; the defaults of the project live here.
 
     Attributes:
-        size: "S", "B", "L" or "XL", which overrides depth, hidden_size and num_heads; "" leaves those three.
+        size: "S", "B", "L", "XL" or "3B", which overrides depth, hidden_size and num_heads; "" leaves those three.
         depth: number of blocks.
         hidden_size: width of a token, a multiple of 4 and of num_heads.
         num_heads: attention heads.

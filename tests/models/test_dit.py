@@ -488,3 +488,9 @@ def test_output_matches_diffusers(torch_dit):
         expected = network(x, timestep=time, class_labels=labels).sample
     out = jitted(tiny_model())(random_params(), batch)
     assert_close(out, expected.numpy().transpose(0, 2, 3, 1), 1e-5)
+
+
+def test_three_billion_parameters():
+    model = build_model(dit.ModelConfig(size="3B", learn_sigma=True), input_shape=(32, 32, 4), num_classes=1000)
+    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == pytest.approx(3.0e9, rel=0.02)
