@@ -1,0 +1,81 @@
+"""A run on gs:// through Google's own path: the gcsfs client and orbax's storage driver, against an emulator.
+
+Left out by default, and skipped without the two packages: pip install gcsfs gcp-storage-emulator. The emulator is one
+process on this machine with no permissions, quotas or delays; what it has of a store is that files are written whole.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+IS_INSTALLED = all(importlib.util.find_spec(name) for name in ("gcsfs", "gcp_storage_emulator"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.serial,
+    pytest.mark.skipif(not IS_INSTALLED, reason="gcsfs and gcp-storage-emulator are not installed"),
+]
+SERVER = """
+import sys
+from gcp_storage_emulator.server import create_server
+create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Starts an emulator and gives the variables under which gcsfs and tensorstore go to it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    url = f"http://localhost:{port}"
+    log = (tmp_path / "emulator.log").open("w")
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(port)], stdout=log, stderr=log)
+    end = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/storage/v1/b/bucket", timeout=5).close()
+            break
+        except OSError:
+            assert server.poll() is None and time.monotonic() < end, (tmp_path / "emulator.log").read_text()
+            time.sleep(0.1)
+    yield {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+        "FSSPEC_GS_TOKEN": "anon",
+        # Else gcsfs asks the real service, for a minute each time, what kind of bucket it is.
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
+    server.terminate()
+    server.wait(30)
+    log.close()
+
+
+def run(variables: dict[str, str], *arguments: str) -> str:
+    command = [sys.executable, "-m", "nag_jax.main", "--config=configs/digits.py:smoke", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def test_the_main_command_trains_resumes_and_samples_on_gs(store: dict[str, str], tmp_path: Path):
+    variables = store | {"TFDS_DATA_DIR": str(tmp_path / "data")}
+    workdir = "--workdir=gs://bucket/runs/digits"
+    steps = ["--config.log.every_steps=1", "--config.checkpoint.every_steps=1"]
+    run(variables, workdir, *steps, "--config.num_steps=3", "--config.eval.methods=()")
+    output = run(variables, workdir, *steps)
+    assert "Going on at step 3 of gs://bucket/runs/digits" in output
+    assert "report: gs://bucket/runs/digits/report.html" in output
+    assert "written: gs://" in run(variables, "--mode=sample", "--checkpoint=gs://bucket/runs/digits")
