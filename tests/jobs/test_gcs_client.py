@@ -25,10 +25,25 @@ pytestmark = [
     pytest.mark.serial,
     pytest.mark.skipif(not IS_INSTALLED, reason="gcsfs and gcp-storage-emulator are not installed"),
 ]
+# Orbax's driver asks for the generation of what it reads, which the emulator knows and does not say. It answers one
+# request after another, so the object that it looked up last is the one that it answers with.
 SERVER = """
 import sys
-from gcp_storage_emulator.server import create_server
-create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
+from gcp_storage_emulator import server, storage
+
+looked_up = {}
+get_file_obj, write_file = storage.Storage.get_file_obj, server.Response.write_file
+
+def remember(self, *arguments):
+    looked_up["object"] = get_file_obj(self, *arguments)
+    return looked_up["object"]
+
+def with_generation(self, *arguments, **options):
+    self["x-goog-generation"] = str(looked_up["object"].get("generation", 1))
+    write_file(self, *arguments, **options)
+
+storage.Storage.get_file_obj, server.Response.write_file = remember, with_generation
+server.create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
 """
 
 
