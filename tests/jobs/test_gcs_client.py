@@ -85,6 +85,29 @@ def run(variables: dict[str, str], *arguments: str) -> str:
     return result.stdout + result.stderr
 
 
+ANOTHER_HOST_WRITES = """
+import os, urllib.request
+from etils import epath
+import nag_jax.storage
+
+folder = epath.Path("gs://bucket/shared")
+(folder / "mine").write_text("1")
+assert [path.name for path in folder.iterdir()] == ["mine"]
+assert not (folder / "theirs").exists()
+url = os.environ["STORAGE_EMULATOR_HOST"] + "/upload/storage/v1/b/bucket/o?uploadType=media&name=shared/theirs"
+urllib.request.urlopen(urllib.request.Request(url, data=b"2", method="POST")).close()
+assert (folder / "theirs").exists() and (folder / "theirs").read_text() == "2"
+assert sorted(path.name for path in folder.glob("*")) == ["mine", "theirs"]
+"""
+
+
+def test_what_another_host_writes_is_seen(store: dict[str, str]):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **store}
+    command = [sys.executable, "-c", ANOTHER_HOST_WRITES]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_main_command_trains_resumes_and_samples_on_gs(store: dict[str, str], tmp_path: Path):
     variables = store | {"TFDS_DATA_DIR": str(tmp_path / "data")}
     workdir = "--workdir=gs://bucket/runs/digits"
