@@ -91,7 +91,8 @@ install_project() {
   # The workers' own Python is older than 3.11.
   on_workers all "set -e; rm -rf nag_jax; git clone --quiet $bundle nag_jax; cd nag_jax; \
 python3 -m pip install --user --quiet uv; python3 -m uv python install --quiet 3.12; \
-export PYTHON=\$(python3 -m uv python find 3.12) NAG_JAX_EXTRA=tpu; . launch/environment.sh; prepare run"
+export PYTHON=\$(python3 -m uv python find --managed-python 3.12) NAG_JAX_EXTRA=tpu; \
+. launch/environment.sh; prepare run"
   if [[ -n "$data" ]]; then
     on_workers all "mkdir -p data && gcloud storage rsync --recursive $(quote "$data") data"
   fi

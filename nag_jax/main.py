@@ -309,6 +309,8 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, Stopped):
         print(error, file=sys.stderr, flush=True)
         return error.exit_code
+    if isinstance(error, ImportError) and "gcsfs" in str(error):
+        error = UserError("gs:// folders need the package gcsfs: pip install -e '.[gcs]' (the extra tpu has it).")
     if isinstance(error, NagJaxError):
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

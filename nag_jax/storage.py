@@ -14,10 +14,16 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
+import fsspec.config
 import numpy as np
 from etils import epath
 
 from nag_jax.errors import NagJaxError, UserError
+
+# The clients of object stores remember what is in a folder for as long as a process lives, and would never see what
+# another host has written since. These are settings of fsspec's own, which hold for clients made from here on.
+for _scheme in ("gs", "s3"):
+    fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
 LARGEST_IN_MEMORY = 64 * 2**20  # bytes of a file for an object store; a larger one is collected on disk
 

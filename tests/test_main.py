@@ -85,3 +85,10 @@ def test_import_of_the_package_is_light():
     code = "import sys, nag_jax; print([m for m in ('jax', 'flax', 'tensorflow_datasets') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_missing_client_of_an_object_store_is_named(capsys: pytest.CaptureFixture[str]):
+    assert main.exit_code(ImportError("Please install gcsfs to access Google Storage")) == 2
+    assert "pip install -e '.[gcs]'" in capsys.readouterr().err
+    with pytest.raises(ImportError, match="another"):
+        main.exit_code(ImportError("another"))

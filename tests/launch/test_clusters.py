@@ -360,6 +360,33 @@ def test_arguments_arrive_on_a_worker_as_they_were_given(tools: Tools, tmp_path:
     assert arguments == [*RUN, AWKWARD]
 
 
+def test_a_worker_gets_a_checkout_and_an_environment(tools: Tools, tmp_path: Path) -> None:
+    home, source = tmp_path / "worker", tmp_path / "source"
+    (source / "launch").mkdir(parents=True)
+    home.mkdir()
+    (home / "nag_jax").mkdir()  # of an installation before
+    (source / "launch/environment.sh").write_text('prepare() { echo "$1 $NAG_JAX_EXTRA $PYTHON"; }\n')
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "c"]):
+        subprocess.run(["git", "-C", str(source), *arguments], check=True)
+    bundling, _, _, install = tools.dry_run("launch/tpu_pod.sh", "install", *POD)
+    subprocess.run(bundling, cwd=source, check=True)
+    (source / "nag_jax.bundle").rename(home / "nag_jax.bundle")
+    # The worker's Python, which knows uv and with it a newer one.
+    python = tmp_path / "python"
+    python.mkdir()
+    (python / "python3").write_text('#!/bin/sh\n[ "$4" != find ] || echo "/newer/python$6"\n')
+    (python / "python3").chmod(0o755)
+    environment = {"PATH": f"{python}:/usr/bin:/bin", "HOME": str(home)}
+    result = subprocess.run(["bash", "-c", remote(install)], cwd=home, env=environment, capture_output=True, text=True)
+    assert result.stdout == "run tpu /newer/python3.12\n", result.stderr
+    commits = [
+        subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, check=True).stdout
+        for folder in (source, home / "nag_jax")
+    ]
+    assert commits[0] == commits[1]
+
+
 def test_a_worker_on_which_the_run_goes_refuses_a_second_one(tools: Tools, tmp_path: Path) -> None:
     worker = Worker(tmp_path / "worker")
     (worker.home / "waits").touch()
