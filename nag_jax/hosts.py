@@ -172,7 +172,7 @@ def check_shared(path: epath.Path) -> None:
     """Raises UserError, on all processes, unless all see the file at `path`, which the first one has written."""
     if jax.process_count() == 1:
         return
-    wait_for_all(f"written {path}")
+    wait_for_all(f"written {path.name}")
     seen = np.asarray(multihost_utils.process_allgather(np.asarray(path.exists())))
     if not seen.all():
         blind = ", ".join(map(str, np.flatnonzero(~seen)))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -53,6 +54,37 @@ def test_an_impossible_mesh_names_the_devices_and_what_fits(axes):
     assert jax.device_count() == 1
     with pytest.raises(UserError, match=r"1 device\(s\) exactly. What fits: 1x1x1\."):
         make_mesh(ParallelConfig(**axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Stands in for a device of one of several slices."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "chip"
+
+
+CHIPS = [Chip(id, slice_index=id // 4) for id in range(8)]
+
+
+@pytest.mark.parametrize(
+    "axes, shape", [({}, (8, 1, 1)), ({"fsdp": 2}, (4, 2, 1)), ({"fsdp": 2, "tensor": 2}, (2, 2, 2))]
+)
+@pytest.mark.parametrize("chips", [CHIPS, CHIPS[::-1], CHIPS[::2] + CHIPS[1::2]])
+def test_data_alone_goes_across_slices(axes, shape, chips):
+    placed = make_mesh(ParallelConfig(**axes), chips).devices
+    assert placed.shape == shape and set(placed.flat) == set(CHIPS)
+    slices = np.vectorize(lambda chip: chip.slice_index)(placed)
+    for number, of_slice in enumerate(np.split(slices, 2)):
+        assert (of_slice == number).all(), "a slice has its own part of the data axis and all of the others"
+
+
+def test_a_mesh_that_does_not_fit_into_the_slices_is_refused():
+    with pytest.raises(UserError, match="8 devices are 2 slices of 4.*parallel.data = 1 must be a multiple of 2"):
+        make_mesh(ParallelConfig(fsdp=8), CHIPS)
 
 
 def test_impossible_settings():

@@ -1,0 +1,243 @@
+"""Several processes as one job: they train, evaluate, encode and stop together, and a lost one ends the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nag_jax import hosts
+from nag_jax.errors import NagJaxError, UserError
+from nag_jax.metric_writer import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TRAIN_ONLY = ["--config.eval.methods=()"]
+LONG = [*TRAIN_ONLY, "--config.num_steps=200", "--config.checkpoint.every_steps=50", "--config.log.every_steps=10"]
+
+
+def free_address() -> str:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return f"localhost:{listener.getsockname()[1]}"
+
+
+def start(runs: Any, workdir: Path, *arguments: str, processes: int = 2, devices: int = 1) -> list[subprocess.Popen]:
+    shared = [f"--coordinator_address={free_address()}", f"--num_processes={processes}", *arguments]
+    return [runs.start(workdir, *shared, f"--process_id={i}", devices=devices) for i in range(processes)]
+
+
+def finish(started: list[subprocess.Popen], expect: int = 0) -> list[str]:
+    """Waits for all; returns what each said on standard error."""
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [expect] * len(started), "\n".join(said)
+    return said
+
+
+def wait_until(condition: Callable[[], bool], started: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert all(process.poll() is None for process in started) and time.monotonic() < deadline, [
+            process.communicate()[1] for process in started
+        ]
+        time.sleep(0.02)
+
+
+def assert_same_losses(found: Path, expected: Path, tolerance: float = 1e-4) -> None:
+    # A line averages the steps since the last one; those after an interruption average fewer.
+    by_steps = {(before["step"], line["step"]): line for before, line in pairwise(read_metrics(expected))}
+    lines = {(before["step"], line["step"]): line for before, line in pairwise(read_metrics(found))}
+    shared = lines.keys() & by_steps.keys()
+    assert len(shared) >= 3
+    for steps in shared:
+        line, other = lines[steps], by_steps[steps]
+        for name in ("loss", "grad_norm", "loss/noise_kept", "dropped/label"):
+            assert line[name] == pytest.approx(other[name], rel=tolerance), (steps, name)
+
+
+def result(workdir: Path, name: str) -> dict[str, Any]:
+    (file,) = workdir.glob(f"eval/step_*/*/{name}.json")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.serial
+def test_two_processes_train_and_evaluate_as_one(finished: Path, runs, tmp_path: Path):
+    said = finish(start(runs, tmp_path, "--config.parallel.fsdp=2", "--config.eval.methods=('plain','nag')"))
+    assert "sampling" in said[0] and "sampling" not in said[1], "one process shows progress"
+    assert_same_losses(tmp_path, finished)
+    for method in ("plain", "nag"):
+        one, two = (result(folder, "metrics")["methods"][method] for folder in (finished, tmp_path))
+        assert two["frechet_distance"] == pytest.approx(one["frechet_distance"], rel=1e-3)
+        one, two = (result(folder, "noise_shift")["methods"][method] for folder in (finished, tmp_path))
+        for key in ("num_forward", "num_sampled"):
+            assert one[key] == two[key]
+        estimates = [each["mean_absolute_shift"]["estimate"] for each in (one, two)]
+        assert estimates[1] == pytest.approx(estimates[0], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.serial
+def test_stopped_and_killed_they_end_together_and_go_on_as_if_never_interrupted(runs, tmp_path: Path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    runs.finish(whole, *LONG)
+
+    def reached(step: int) -> bool:
+        return any(line["step"] >= step for line in read_metrics(broken))
+
+    started = start(runs, broken, *LONG)
+    wait_until(lambda: reached(20), started)
+    started[1].send_signal(signal.SIGTERM)
+    said = finish(started, expect=128 + signal.SIGTERM)
+    stopped_at = max(line["step"] for line in read_metrics(broken))
+    assert all(f"Stopped at step {stopped_at}; saved." in each for each in said)
+    assert (broken / "checkpoints" / str(stopped_at)).is_dir()
+
+    started = start(runs, broken, *LONG)
+    wait_until(lambda: reached(stopped_at + 10), started)
+    started[1].kill()
+    died = time.monotonic()
+    _, errors = started[0].communicate(timeout=120)
+    assert started[0].returncode != 0 and time.monotonic() - died < 120
+    assert "another process of this job has ended" in errors or "another task died" in errors
+    started[1].communicate()
+
+    runs.finish(broken, *LONG)  # by one process
+    assert_same_losses(broken, whole, tolerance=2e-3)
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments", [["--config.parallel.fsdp=4"], ["--config.parallel.tensor=4"], ["--config.parallel.mode=pmap"]]
+)
+def test_four_processes_train_as_one(finished: Path, runs, tmp_path: Path, arguments: list[str]):
+    finish(start(runs, tmp_path, *TRAIN_ONLY, *arguments, processes=4))
+    assert_same_losses(tmp_path, finished)
+    finish(start(runs, tmp_path, *TRAIN_ONLY, "--config.num_steps=8", devices=2))
+    assert read_metrics(tmp_path)[-1]["step"] == 8
+
+
+@pytest.fixture(scope="module")
+def pair(finished: Path, runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of two_hosts.py, run by two processes and by one, and what the two reported."""
+    folder = tmp_path_factory.mktemp("pair")
+    rng = np.random.default_rng(0)
+    for name, count in (("samples", 50), ("reference", 60)):
+        np.savez(folder / f"{name}.npz", rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(runs.data_dir)}
+
+    def run(address: str, which: int) -> subprocess.Popen:
+        command = [sys.executable, str(Path(__file__).with_name("two_hosts.py")), address, str(which), str(folder)]
+        command.append(str(finished))
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    address = free_address()
+    started = [run(address, which) for which in (0, 1)]
+    reports = []
+    for process in started:
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        reports.append(json.loads(output.splitlines()[-1]))
+    finish([run("", 0)])
+    return folder, reports
+
+
+@pytest.mark.serial
+def test_they_agree_or_all_say_what_differs(pair):
+    for report in (each["agreements"] for each in pair[1]):
+        assert report["from_first"] == ["of", 0]
+        assert report["error_of_first"] == "UserError: Not this one."
+        assert report["same"] is None and report["shared"] is None
+        assert report["not_same"].startswith("UserError: Process(es) 1 have another hat than process 0.")
+        assert "Process(es) 1 do not see" in report["not_shared"] and "must share" in report["not_shared"]
+
+
+@pytest.mark.serial
+def test_rows_are_disjoint_and_complete_and_arrays_come_back_whole(pair):
+    reports = [each["arrays"] for each in pair[1]]
+    assert sorted(report["rows"] for report in reports) == [[0, 4], [4, 8]]
+    assert sorted(report["part"] for report in reports) == [[0, 2], [1, 2]]
+    for report in reports:
+        assert report["local_part"] and report["to_host"]
+        assert "batch of 9 examples" in report["not_divisible"] and "multiple of 2" in report["not_divisible"]
+
+
+@pytest.mark.serial
+def test_two_processes_judge_images_as_one(pair):
+    folder, _ = pair
+    metrics = [json.loads(next((folder / f"judged-{n}").rglob("metrics.json")).read_text()) for n in (1, 2)]
+    for key in ("seconds", "environment"):
+        assert [each.pop(key) for each in metrics]
+    assert metrics[0] == metrics[1] and metrics[0]["num_samples"] == 50
+
+
+@pytest.mark.serial
+def test_two_processes_draw_the_same_samples_as_one(pair):
+    folder, _ = pair
+    one, two = (np.load(folder / f"sampled-{n}/samples/drawn/samples.npz") for n in (1, 2))
+    assert one["arr_0"].shape == (30, 8, 8, 1)
+    np.testing.assert_array_equal(one["arr_1"], two["arr_1"])
+    difference = np.abs(one["arr_0"].astype(int) - two["arr_0"])
+    # Rounded otherwise, a value half way between two bytes may fall to either side.
+    assert difference.max() <= 1 and np.count_nonzero(difference) <= 0.002 * difference.size
+
+
+@pytest.mark.serial
+def test_two_processes_encode_the_same_shards_as_one(pair):
+    folder, _ = pair
+    one, two = (
+        {file.relative_to(folder / name): file.read_bytes() for file in (folder / name).rglob("*") if file.is_file()}
+        for name in ("latents-1", "latents-2")
+    )
+    assert len(one) > 15 and one == two
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("host:1", 2, None), "--process_id must be given too"),
+        ((None, 2, 1), "--coordinator_address must be given too"),
+        (("host:1", None, None), "--num_processes and --process_id must be given too"),
+        (("host:1", 2, 2), "--process_id=2 is not one of 0 to 1"),
+        (("host:1", 2, -1), "--process_id=-1 is not one of 0 to 1"),
+        (("host", 2, 0), "is not HOST:PORT"),
+        ((":80", 2, 0), "is not HOST:PORT"),
+        ((None, 0, None), "--num_processes=0 must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_named(given: tuple, message: str):
+    with pytest.raises(UserError, match=message):
+        hosts.start(*given)
+
+
+def test_alone_nothing_is_started_and_everything_is_free():
+    import jax
+
+    hosts.start()
+    hosts.start(num_processes=1)
+    assert not jax.distributed.is_initialized() and hosts.is_first()
+    hosts.wait_for_all("nobody")
+    assert hosts.from_first(lambda: "mine") == "mine"
+    hosts.check_same("hat", "green")
+    assert not hosts.is_loss_of_a_process(NagJaxError("UNAVAILABLE"))
+
+
+def test_a_coordinator_that_does_not_answer_is_waited_for_and_then_named():
+    address = free_address()
+    script = f"from nag_jax import hosts; hosts.start({address!r}, 2, 1, timeout=2)"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert ended.returncode == UserError.exit_code
+    assert f"error: process 0 at {address} did not answer within 2 s" in ended.stderr.decode()
