@@ -41,7 +41,9 @@ GUIDANCES = {
 
 def environment() -> dict[str, Any]:
     flags = {name: os.environ[name] for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION") if os.environ.get(name)}
-    return experiment.environment() | {"flags": flags}
+    found = experiment.environment()
+    del found["command"]  # a worker's; that of the whole run is written beside it
+    return found | {"flags": flags}
 
 
 def device_kind() -> str:
