@@ -40,7 +40,9 @@ GUIDANCES = {
 
 def environment() -> dict[str, Any]:
     """What step_torch's `environment` is for the other side."""
-    return experiment.environment()
+    found = experiment.environment()
+    del found["command"]  # a worker's; that of the whole run is written beside it
+    return found
 
 
 def device_kind() -> str:
