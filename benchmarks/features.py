@@ -1,6 +1,6 @@
 """How many images a second does FID's Inception-v3 judge, beside torch-fidelity's extractor on the same random weights?
 
-    python benchmarks/features.py                                  on a CPU: results/features_cpu.json, three minutes
+    python benchmarks/features.py                                  on a CPU: results/features_cpu.json, half a minute
     python benchmarks/features.py --images=4096 --batch_size=256   on a GPU: results/features_gpu.json
 
 Both start from uint8 images of 256 x 256 pixels on the host and end with pool3 there, resize to 299 included. Ours is

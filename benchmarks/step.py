@@ -1,6 +1,6 @@
 """How fast are a training step and guided sampling, beside the same network in PyTorch?
 
-    python benchmarks/step.py --size=small                         on a CPU: results/step_cpu.json, two minutes
+    python benchmarks/step.py --size=small                         on a CPU: results/step_cpu.json, a minute
     python benchmarks/step.py --size=full --budget_seconds=500     XL/2 on a GPU: results/step_gpu.json
 
 Variants (benchmarks/step_variants.py) run in worker processes, one for each framework and job: step_jax.py is this
