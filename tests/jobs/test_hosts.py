@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TRAIN_ONLY = ["--config.eval.methods=()"]
 LONG = [*TRAIN_ONLY, "--config.num_steps=200", "--config.checkpoint.every_steps=50", "--config.log.every_steps=10"]
 
+# Compile fast, not well: many processes compile the same small programs here.
+FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+
 
 def free_address() -> str:
     with socket.socket() as listener:
@@ -34,7 +38,13 @@ def free_address() -> str:
 
 def start(runs: Any, workdir: Path, *arguments: str, processes: int = 2, devices: int = 1) -> list[subprocess.Popen]:
     shared = [f"--coordinator_address={free_address()}", f"--num_processes={processes}", *arguments]
-    return [runs.start(workdir, *shared, f"--process_id={i}", devices=devices) for i in range(processes)]
+    with mock.patch.dict(os.environ, FAST):
+        return [runs.start(workdir, *shared, f"--process_id={i}", devices=devices) for i in range(processes)]
+
+
+def start_alone(runs: Any, workdir: Path, *arguments: str) -> list[subprocess.Popen]:
+    with mock.patch.dict(os.environ, FAST):
+        return [runs.start(workdir, *arguments)]
 
 
 def finish(started: list[subprocess.Popen], expect: int = 0) -> list[str]:
@@ -88,7 +98,7 @@ def test_two_processes_train_and_evaluate_as_one(finished: Path, runs, tmp_path:
 @pytest.mark.serial
 def test_stopped_and_killed_they_end_together_and_go_on_as_if_never_interrupted(runs, tmp_path: Path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    runs.finish(whole, *LONG)
+    finish(start_alone(runs, whole, *LONG))
 
     def reached(step: int) -> bool:
         return any(line["step"] >= step for line in read_metrics(broken))
@@ -110,7 +120,7 @@ def test_stopped_and_killed_they_end_together_and_go_on_as_if_never_interrupted(
     assert "another process of this job has ended" in errors or "another task died" in errors
     started[1].communicate()
 
-    runs.finish(broken, *LONG)  # by one process
+    finish(start_alone(runs, broken, *LONG))
     assert_same_losses(broken, whole, tolerance=2e-3)
 
 
@@ -133,7 +143,7 @@ def pair(finished: Path, runs, tmp_path_factory: pytest.TempPathFactory) -> tupl
     rng = np.random.default_rng(0)
     for name, count in (("samples", 50), ("reference", 60)):
         np.savez(folder / f"{name}.npz", rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(runs.data_dir)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(runs.data_dir)} | FAST
 
     def run(address: str, which: int) -> subprocess.Popen:
         command = [sys.executable, str(Path(__file__).with_name("two_hosts.py")), address, str(which), str(folder)]
