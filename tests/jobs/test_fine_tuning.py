@@ -143,8 +143,8 @@ def test_a_converted_network_is_sampled_without_data(converted: Path, runs, tmp_
     assert "training data" not in output and not (tmp_path / "w").exists()
     runs.finish(tmp_path / "w", *config, *arguments)
     (folder,) = (tmp_path / "w" / "samples").iterdir()
-    with np.load(folder / "samples.npz") as samples:
-        assert samples["cfg"].shape == (64, 32, 32, 3) and samples["cfg"].dtype == np.uint8
+    with np.load(folder / "samples-cfg.npz") as samples:
+        assert samples["arr_0"].shape == (64, 32, 32, 3) and samples["arr_0"].dtype == np.uint8
     assert json.loads((folder / "conditions.json").read_text())["dtype"] == "bfloat16"
     _, errors = runs.finish(tmp_path / "w", *arguments, expect=2)
     assert "holds a converted network, which says nothing of how to sample it. Give --config" in errors
