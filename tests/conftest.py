@@ -33,7 +33,7 @@ _MUST_NOT_SKIP = _HAS_PEERS and bool(os.environ.get("CI"))
 
 def _module(path: str) -> ModuleType:
     """A module of this folder that holds no tests, which importlib mode imports by no name."""
-    file = Path(__file__).with_name(path)
+    file = Path(__file__).parent / path
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

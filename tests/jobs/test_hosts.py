@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from nag_jax import hosts
-from nag_jax.errors import NagJaxError, UserError
+from nag_jax.errors import UserError
 from nag_jax.metric_writer import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -232,15 +232,22 @@ def test_wrong_arguments_are_named(given: tuple, message: str):
 
 
 def test_alone_nothing_is_started_and_everything_is_free():
-    import jax
+    # In a process that has used no device yet, as the start of several hosts wants it.
+    script = """
+import jax
+from nag_jax import hosts
+from nag_jax.errors import NagJaxError
 
-    hosts.start()
-    hosts.start(num_processes=1)
-    assert not jax.distributed.is_initialized() and hosts.is_first()
-    hosts.wait_for_all("nobody")
-    assert hosts.from_first(lambda: "mine") == "mine"
-    hosts.check_same("hat", "green")
-    assert not hosts.is_loss_of_a_process(NagJaxError("UNAVAILABLE"))
+hosts.start()
+hosts.start(num_processes=1)
+assert not jax.distributed.is_initialized() and hosts.is_first()
+hosts.wait_for_all("nobody")
+assert hosts.from_first(lambda: "mine") == "mine"
+hosts.check_same("hat", "green")
+assert not hosts.is_loss_of_a_process(NagJaxError("UNAVAILABLE"))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True, timeout=120)
 
 
 def test_a_coordinator_that_does_not_answer_is_waited_for_and_then_named():
