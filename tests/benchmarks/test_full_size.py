@@ -1,4 +1,4 @@
-"""The benchmark of full-size conversion: tried at a tiny size, and (slow) at its own."""
+"""The benchmark of full-size conversion: slow, at a tiny size and at its own."""
 
 import json
 import os
@@ -26,6 +26,7 @@ def check(result: dict) -> None:
     assert result["peak_gib"] == max(stage["peak_gib"] for stage in stages.values()) <= 20.0
 
 
+@pytest.mark.slow
 def test_every_stage_runs_at_a_tiny_size(tmp_path: Path):
     result = run(tmp_path, "tiny")
     check(result)

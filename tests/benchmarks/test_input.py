@@ -1,6 +1,7 @@
 """The benchmark of the input reads what it wrote, and training starts quickly on many records."""
 
 import importlib.util
+import json
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -43,3 +44,12 @@ def test_an_epoch_of_fifty_thousand_records_is_global_and_exact(benchmark, tmp_p
     assert sorted(seen) == list(range(count))
     # The first batch comes from everywhere: the order is shuffled over all records and not within shards.
     assert min(seen[:batch_size]) < count // 50 and max(seen[:batch_size]) > count - count // 50
+
+
+def test_the_documented_figures_are_those_of_the_run():
+    found = json.loads((ROOT / "results/input_cpu.json").read_text())
+    text = (ROOT / "docs/benchmarks.md").read_text().partition("## Input")[2]
+    assert f"{found['reading']['rows_per_second']:,.0f} rows a second" in text
+    assert f"{found['times_the_best_step']:.0f} times the {found['best_step_images_per_second']:.0f} images" in text
+    assert f"{found['start']['records']:,} small" in text
+    assert f"{found['start']['seconds_to_first_batch']:.1f} s after" in text

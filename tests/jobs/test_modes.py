@@ -108,7 +108,7 @@ def test_loading_says_what_is_missing(finished: Path, tmp_path: Path):
         nag_jax.load(finished, weights="long")
 
 
-@pytest.mark.parametrize("options", ["smoke", "dit_xl2,nag,smoke"])
+@pytest.mark.parametrize("options", [pytest.param("smoke", marks=pytest.mark.slow), "dit_xl2,nag,smoke"])
 def test_imagenet_smoke_runs_the_same_code(runs, tmp_path: Path, options: str):
     output, _ = runs.finish(tmp_path, f"--config=configs/imagenet256.py:{options}")
     report = folder_of(output, "report").read_text()
