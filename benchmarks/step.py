@@ -33,27 +33,24 @@ from step_variants import SIZES, Size, Variant
 from nag_jax import storage
 from nag_jax.flops import dit_forward, dit_training
 from nag_jax.models.dit import ModelConfig
+from nag_jax.plan.topologies import CHIPS, GENERATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "step benchmark: "  # of the lines in which a worker reports
 LONGEST_MESSAGE = 1500
 
-# Dense bfloat16 peaks in FLOP/s for each device, from the vendors' data sheets, by a part of JAX's `device_kind`.
+# Dense bfloat16 peaks of GPUs in FLOP/s, from the vendor's data sheets, by a part of JAX's `device_kind`.
 PEAKS = {
     "H100": 989.4e12,
     "H200": 989.4e12,
     "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The device's dense bfloat16 peak in FLOP/s; None for one that is not in the table."""
+    """The device's dense bfloat16 peak in FLOP/s; None for one that is not known here."""
+    if device_kind in GENERATIONS:
+        return CHIPS[GENERATIONS[device_kind]].of_one_device().flops
     return next((peak for name, peak in PEAKS.items() if name in device_kind), None)
 
 

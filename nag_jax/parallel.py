@@ -249,6 +249,12 @@ def holds_first_copy(array: jax.Array) -> bool:
     return any(shard.replica_id == 0 for shard in array.addressable_shards)
 
 
+def row_by_row(function: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Callable[[Any, jax.Array], Any]:
+    """`function` (params, rows) compiled for a mesh: params on every device, each with its own rows of a batch."""
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows))
+
+
 def local_part(array: jax.Array) -> np.ndarray:
     """The rows of an array split by `batch_sharding` that are this process', in order: those of `local_rows`."""
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}

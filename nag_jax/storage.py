@@ -6,6 +6,7 @@ Checkpoints are `checkpoint.py`'s, metrics over time `metric_writer.py`'s.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -120,6 +121,11 @@ def read_json(path: epath.PathLike) -> Any:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}). Delete it, and run the command that wrote it again.") from error
+
+
+def digest(content: Any) -> str:
+    """Eight hexadecimal digits that differ between contents that `write_json` can write."""
+    return hashlib.sha256(json.dumps(as_json(content), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def as_json(value: Any) -> Any:

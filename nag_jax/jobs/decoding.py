@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from nag_jax.autoencoder import Autoencoder, VaeDescription, made_up_autoencoder, read_autoencoder
 from nag_jax.data.images import to_uint8
@@ -17,7 +16,7 @@ from nag_jax.denoiser import LatentSpace, Params
 from nag_jax.errors import UserError
 from nag_jax.loading import check_latent
 from nag_jax.models.vae import decode_latents
-from nag_jax.parallel import BATCH_AXES, local_mesh, local_sharding, place, replicated
+from nag_jax.parallel import local_mesh, local_sharding, place, replicated, row_by_row
 
 IMAGES_AT_ONCE = 8  # decoded together on a device: about 2 GiB of activations at 256 x 256 pixels
 
@@ -50,8 +49,8 @@ class Decoder:
             self._host_params = autoencoder.params
             self._params = place(autoencoder.params, replicated(mesh))
             decode = functools.partial(_decode_latents, self.vae)
-        self._decode = _row_by_row(decode, mesh, PartitionSpec(BATCH_AXES))
-        self._decode_locally = _row_by_row(decode, local_mesh(), PartitionSpec("data"))
+        self._decode = row_by_row(decode, mesh)
+        self._decode_locally = row_by_row(decode, local_mesh())
 
     def __call__(self, states: jax.Array) -> jax.Array:
         """Images of states.
@@ -95,11 +94,6 @@ def open_autoencoder(config: DataConfig) -> Autoencoder:
         "The network works on latents, and nothing decodes its samples: set config.data.vae to the folder of a "
         "converted autoencoder (python -m nag_jax.convert SOURCE FOLDER)."
     )
-
-
-def _row_by_row(decode: Callable[[Params, jax.Array], jax.Array], mesh: Mesh, rows: PartitionSpec) -> Any:
-    """`decode` compiled for a mesh, on each device for its own rows."""
-    return jax.jit(jax.shard_map(decode, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows))
 
 
 def _change_range(params: None, states: jax.Array) -> jax.Array:

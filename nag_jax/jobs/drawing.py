@@ -15,32 +15,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from nag_jax.config import Config
 from nag_jax.data.images import to_float
 from nag_jax.data.labels import label_rule
+from nag_jax.data.pipeline import parts_of
 from nag_jax.diffusion.sampler import Sampler
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import NagJaxError
 from nag_jax.figures import shown_samples
-from nag_jax.hosts import from_first, wait_for_all
+from nag_jax.hosts import wait_for_all
 from nag_jax.jobs.experiment import Experiment, TrainedNetwork
 from nag_jax.jobs.methods import Method, make_samplers
 from nag_jax.jobs.sample_store import SampleStore
 from nag_jax.jobs.scores import Features, feature_function, outputs_in_use
 from nag_jax.metrics.features import FeatureNet
 from nag_jax.noise_shift.answers import Answers
-from nag_jax.parallel import (
-    BATCH_AXES,
-    batch_sharding,
-    holds_first_copy,
-    local_part,
-    local_rows,
-    place,
-    replicated,
-)
+from nag_jax.parallel import batch_sharding, holds_first_copy, local_part, local_rows, place, replicated, row_by_row
 from nag_jax.progress import progress
 
 SHOWN_PER_CLASS = 8
@@ -121,7 +114,7 @@ def draw(
     original = experiment.original if any(method.needs_original for method in methods.values()) else None
     samplers = make_samplers(config, denoiser, methods, measuring=measuring, guiding=guiding, original=original)
     stores = {name: SampleStore(folder / re.sub(r"[^\w.+-]", "_", name), len(labels)) for name in methods}
-    missing = _agree_on_missing(stores)
+    missing = {name: store.agreed_missing() for name, store in stores.items()}
     total = len(labels) * len(methods)
     done = total - sum(len(samples) for ranges in missing.values() for samples in ranges)
     if done < total:
@@ -151,21 +144,14 @@ class _Look:
         self.experiment = experiment
         self.shown = shown
         self.keep_images = keep_images
-        mesh, rows = experiment.mesh, PartitionSpec(BATCH_AXES)
+        mesh = experiment.mesh
         self._finite = jax.jit(_finite_rows, out_shardings=batch_sharding(mesh))
         self._by_row = jax.jit(lambda answers: jax.tree.map(jnp.transpose, answers), out_shardings=batch_sharding(mesh))
         self._features: Any = None
         if feature_net is not None:
             function = feature_function(feature_net)
             self._params = place(feature_net.params, replicated(mesh))
-            self._features = jax.jit(
-                jax.shard_map(
-                    lambda params, images: function(params, to_float(images)),
-                    mesh=mesh,
-                    in_specs=(PartitionSpec(), rows),
-                    out_specs=rows,
-                )
-            )
+            self._features = row_by_row(lambda params, images: function(params, to_float(images)), mesh)
 
     def start(self, x: jax.Array, observations: Any) -> dict[str, Any]:
         """Begins the computation for samples `x` [B, ...]; returns arrays split over the mesh, by row."""
@@ -219,7 +205,7 @@ def _draw_missing(
         return len(samples)
 
     before: tuple[dict[str, Any], range] | None = None
-    for samples in (part for each in missing for part in _parts(each, batch_size)):
+    for samples in (part for each in missing for part in parts_of(each, batch_size)):
         # The last batch of a range is filled up with other samples, which are thrown away.
         indices = np.arange(samples.start, samples.start + batch_size) % len(labels)
         with jax.set_mesh(experiment.mesh):  # for `parallel.keep_rows_apart`
@@ -230,19 +216,6 @@ def _draw_missing(
         before = started, samples
     if before is not None:
         yield write(*before)
-
-
-def _agree_on_missing(stores: Mapping[str, SampleStore]) -> dict[str, list[range]]:
-    """What each store lacks, as the first host sees it."""
-    ends = from_first(
-        lambda: {name: [(each.start, each.stop) for each in store.missing()] for name, store in stores.items()}
-    )
-    return {name: [range(*each) for each in ends[name]] for name in stores}
-
-
-def _parts(samples: range, size: int) -> Iterator[range]:
-    for first in range(samples.start, samples.stop, size):
-        yield range(first, min(first + size, samples.stop))
 
 
 def _finite_rows(x: jax.Array) -> jax.Array:

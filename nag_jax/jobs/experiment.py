@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import platform
 import shlex
@@ -347,4 +345,4 @@ def commit() -> str | None:
 
 def config_digest(config: Config) -> str:
     """Eight hexadecimal digits that differ between configs."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:8]
+    return storage.digest(to_dict(config))

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from nag_jax.data.image_sets import ImageSet
-from nag_jax.hosts import from_first, is_first, wait_for_all
+from nag_jax.hosts import is_first, wait_for_all
 from nag_jax.jobs.sample_store import SampleStore
 from nag_jax.jobs.scores import Features, features_of, outputs_in_use
 from nag_jax.metrics.features import FeatureNet
@@ -43,8 +43,7 @@ def extract(feature_net: FeatureNet, images: ImageSet, folder: epath.Path, batch
         UserError: an image cannot be read, or a block is damaged.
     """
     store = SampleStore(folder, images.count)
-    ends = from_first(lambda: [(samples.start, samples.stop) for samples in store.missing()])
-    missing = {sample for first, end in ends for sample in range(first, end)}
+    missing = {sample for samples in store.agreed_missing() for sample in samples}
     size = block_rows(images)
     firsts = range(0, images.count, size)
     own = [first for first in firsts[jax.process_index() :: jax.process_count()] if first in missing]

@@ -6,8 +6,6 @@ The programs are `plan_programs`', which compile for a TPU without one. Times ar
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -166,9 +164,8 @@ def plan_conditions(config: Config, description: ModelDescription, topology: Top
 
 def folder_name(topology: Topology, conditions: dict[str, Any]) -> str:
     """The topology and a digest of the conditions."""
-    decisive = storage.as_json({key: value for key, value in conditions.items() if key != "commit"})
-    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{topology.name.replace(':', '-')}-{digest}"
+    decisive = {key: value for key, value in conditions.items() if key != "commit"}
+    return f"{topology.name.replace(':', '-')}-{storage.digest(decisive)}"
 
 
 def make_plan(config: Config, description: ModelDescription, topology: Topology) -> dict[str, Any]:

@@ -6,8 +6,6 @@ same name are refused.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +16,6 @@ from etils import epath
 from nag_jax import storage
 from nag_jax.config import Config, to_dict
 from nag_jax.data.image_sets import ImageSet, write_image_set
-from nag_jax.data.images import to_uint8
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
 from nag_jax.figures import sample_grid, shown_samples
@@ -125,7 +122,7 @@ def folder_name(config: Config, conditions: dict[str, Any]) -> str:
 
 def digest(conditions: dict[str, Any]) -> str:
     """Eight hexadecimal digits that differ between conditions."""
-    return hashlib.sha256(json.dumps(comparable(conditions), sort_keys=True).encode()).hexdigest()[:8]
+    return storage.digest(comparable(conditions))
 
 
 def comparable(conditions: dict[str, Any]) -> dict[str, Any]:
@@ -261,10 +258,12 @@ def measure_distances(
             measured, curve = measure(config, feature_net, each.features, side)
             if curve is not None:
                 curves[name] = curve
+        elif side.pool is not None:
+            measured = {"frechet_distance": {"value": distance(side.pool, vectors)}}
         measured_distance = measured.pop("frechet_distance", {})
         methods_json[name] = {
             "guidance": methods[name].text,
-            "frechet_distance": None if side.pool is None else distance(side.pool, vectors),
+            "frechet_distance": measured_distance.get("value"),
             "interval": None if resampled is None else bootstrap_interval(vectors, resampled, **bootstrap),
             "evaluations_per_image": each.evaluations_per_image,
             "estimator_calls_per_image": each.estimator_calls_per_image,
@@ -300,7 +299,7 @@ def reference_features(experiment: Experiment, judge: Judge, folder: epath.Path)
     """Features of the reference's images: those of `eval.reference`, or held-out ones; None where it has none."""
     batch_size = experiment.config.sampling.batch_size
     if not experiment.config.eval.reference:
-        return features_of(judge.feature_net, to_uint8(experiment.eval_images), batch_size)
+        return features_of(judge.feature_net, experiment.eval_images, batch_size)
     if judge.images is None:
         return None
     return extract(judge.feature_net, judge.images, folder / BLOCKS / "reference", batch_size)
@@ -314,7 +313,7 @@ def real_against_real(
     As many training images as samples where there are as many, for a Fréchet distance depends on the counts.
     """
     config = experiment.config
-    images = to_uint8(experiment.train_images[: config.eval.num_samples])
+    images = experiment.train_images[: config.eval.num_samples]
     real = features_of(feature_net, images, config.sampling.batch_size)[POOL]
     has_interval = feature_net.dimension <= MAX_BOOTSTRAP_DIMENSION
     fitted = "" if config.eval.feature_net else "; the features were fitted on the training images"

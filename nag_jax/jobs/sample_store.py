@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from nag_jax import storage
 from nag_jax.errors import UserError
+from nag_jax.hosts import from_first
 
 Arrays = dict[str, NDArray]
 
@@ -44,8 +45,15 @@ class SampleStore:
 
     def missing(self) -> list[range]:
         """The samples that no block holds, as ranges in order."""
+        return self._missing(self._blocks())
+
+    def agreed_missing(self) -> list[range]:
+        """The same, as the first of several processes sees it; every process must call."""
+        return [range(*ends) for ends in from_first(lambda: [(each.start, each.stop) for each in self.missing()])]
+
+    def _missing(self, blocks: list[_Block]) -> list[range]:
         missing, end = [], 0
-        for block in self._blocks():
+        for block in blocks:
             if block.samples.start > end:
                 missing.append(range(end, block.samples.start))
             end = max(end, block.samples.stop)
@@ -67,7 +75,8 @@ class SampleStore:
         Raises:
             UserError: samples are missing, or a file is damaged.
         """
-        missing, blocks = self.missing(), self._blocks()
+        blocks = self._blocks()
+        missing = self._missing(blocks)
         if missing:
             raise UserError(f"{self.folder} lacks samples {missing[0].start} to {missing[0].stop - 1}.")
         ends = [0, *(block.samples.stop for block in blocks)]

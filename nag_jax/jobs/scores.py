@@ -78,8 +78,8 @@ def feature_function(feature_net: FeatureNet) -> Callable[[Any, jax.Array], dict
     return function
 
 
-def features_of(feature_net: FeatureNet, images: NDArray[np.uint8], batch_size: int) -> Features:
-    """The `outputs_in_use` of images uint8 [N, H, W, C] on the host."""
+def features_of(feature_net: FeatureNet, images: np.ndarray, batch_size: int) -> Features:
+    """The `outputs_in_use` of images on the host: [N, H, W, C], bytes or float in [-1, 1]."""
     if POOL in feature_net.taps:
         return tapped_features(feature_net, images, outputs_in_use(feature_net), batch_size)
     return {POOL: features(feature_net, images, batch_size)}
