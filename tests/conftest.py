@@ -8,8 +8,10 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -52,6 +54,28 @@ def torch_dit() -> ModuleType:
 def object_store(monkeypatch: pytest.MonkeyPatch) -> Any:
     """An empty `ObjectStore` of tests/object_store.py, which every gs:// path of epath leads to."""
     return _module("object_store.py").install(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def on_eight_devices() -> Callable[..., dict[str, Any]]:
+    """Runs a script in a process with eight CPU devices, and gives the JSON that it prints as its last line."""
+    root = Path(__file__).parent.parent
+
+    def run(script: Path, *arguments: str, flags: str = "") -> dict[str, Any]:
+        devices = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
+        environment = {"PYTHONPATH": str(root), "XLA_FLAGS": f"{devices} {flags}".strip(), "JAX_PLATFORMS": "cpu"}
+        finished = subprocess.run(
+            [sys.executable, str(script), *arguments],
+            env={**os.environ, **environment},
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert finished.returncode == 0, finished.stderr[-4000:]
+        return json.loads(finished.stdout.splitlines()[-1])
+
+    return run
 
 
 class _Mocks(ModuleType):

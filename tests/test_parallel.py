@@ -1,8 +1,4 @@
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,27 +133,11 @@ def test_sharded_initialisation_is_the_initialisation():
 
 
 @pytest.fixture(scope="module")
-def eight(tmp_path_factory):
-    root = Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(root),
-        # Seven programs are compiled and run a few times each: compile them fast, not well.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "JAX_PLATFORMS": "cpu",
-    }
-    script = Path(__file__).with_name("eight_devices.py")
-    finished = subprocess.run(
-        [sys.executable, str(script), str(tmp_path_factory.mktemp("checkpoints"))],
-        env=environment,
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return json.loads(finished.stdout.splitlines()[-1])
+def eight(on_eight_devices, tmp_path_factory):
+    # Seven programs are compiled and run a few times each: compile them fast, not well.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    checkpoints = str(tmp_path_factory.mktemp("checkpoints"))
+    return on_eight_devices(Path(__file__).with_name("eight_devices.py"), checkpoints, flags=flags)
 
 
 @pytest.mark.serial

@@ -1,10 +1,7 @@
 """The check against ADM's evaluator reads its numbers where an evaluation writes them, and sees one that is off."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,21 +12,10 @@ from nag_jax.convert.feature_nets import import_params, torch_table
 from nag_jax.metrics.features import FID_NETWORK
 from nag_jax.models import inception
 
-ROOT = Path(__file__).parents[2]
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(scope="module")
-def check():
-    yield load("adm_check")
-    del sys.modules["adm_check"]
+def check(load_benchmark):
+    return load_benchmark("adm_check")
 
 
 def test_a_number_that_is_off_is_named(check):
@@ -39,10 +25,12 @@ def test_a_number_that_is_off_is_named(check):
     assert check.far_off({**published, "Recall": float("nan")}) == ["Recall"]
 
 
-def test_every_number_comes_out_of_an_evaluation(check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_number_comes_out_of_an_evaluation(
+    check, load_benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Two small sets in ADM's layouts, judged by FID's network with random weights."""
     rng = np.random.default_rng(0)
-    state = load("features").random_state()
+    state = load_benchmark("features").random_state()
     feature_net = inception.make_feature_net(import_params(state, torch_table(FID_NETWORK), source="random"))
     monkeypatch.setattr(check.evaluate_samples, "load_feature_net", lambda folder: feature_net)
     for name in ("samples", "reference"):

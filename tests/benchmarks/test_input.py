@@ -1,8 +1,6 @@
 """The benchmark of the input reads what it wrote, and training starts quickly on many records."""
 
-import importlib.util
 import json
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -15,13 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("input_benchmark", ROOT / "benchmarks/input.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def benchmark(load_benchmark):
+    return load_benchmark("input")
 
 
 def test_what_is_timed_is_training_s_input(benchmark, tmp_path: Path):

@@ -1,8 +1,6 @@
 """The benchmark of the metrics at a small size, and that its published errors are small."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +10,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("metrics_benchmark", ROOT / "benchmarks/metrics.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def benchmark(load_benchmark):
+    return load_benchmark("metrics")
 
 
 def test_routes_agree_with_the_closed_form_and_float32_does_not(benchmark):

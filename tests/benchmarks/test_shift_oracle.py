@@ -1,8 +1,6 @@
 """The shift benchmark at a small size, and its published tables against its published results."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +10,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("shift_oracle_benchmark", ROOT / "benchmarks/shift_oracle.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def benchmark(load_benchmark):
+    return load_benchmark("shift_oracle")
 
 
 def test_sampler_and_equations_agree(benchmark):

@@ -1,9 +1,5 @@
-"""Streaming moments equal numpy's for any split, padding, order of merging and mesh; a stopped stream goes on."""
+"""Streaming moments equal numpy's for any split, padding, order of merging and mesh."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,20 +110,8 @@ def test_errors_name_what_is_wrong():
 
 
 @pytest.mark.serial
-def test_eight_devices_compute_what_one_does():
-    root = Path(__file__).parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(root),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false",
-        "JAX_PLATFORMS": "cpu",
-    }
-    script = Path(__file__).with_name("eight_devices.py")
-    finished = subprocess.run(
-        [sys.executable, str(script)], env=environment, cwd=root, capture_output=True, text=True, timeout=300
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    report = json.loads(finished.stdout.splitlines()[-1])
+def test_eight_devices_compute_what_one_does(on_eight_devices):
+    report = on_eight_devices(Path(__file__).with_name("eight_devices.py"))
     assert report["devices"] == 8
     assert report["rows_are_split"]
     assert all(report["moments_within_bound"].values()), report

@@ -1,9 +1,5 @@
 """The reader of collectives: on text of known meaning, and (eight_devices.py) on programs of known communication."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -152,21 +148,9 @@ def test_what_a_device_receives():
 
 
 @pytest.fixture(scope="module")
-def eight():
-    root = Path(__file__).parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(root),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "JAX_PLATFORMS": "cpu",
-    }
-    script = Path(__file__).with_name("eight_devices.py")
-    finished = subprocess.run(
-        [sys.executable, str(script)], env=environment, cwd=root, capture_output=True, text=True, timeout=300
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return json.loads(finished.stdout.splitlines()[-1])
+def eight(on_eight_devices):
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    return on_eight_devices(Path(__file__).with_name("eight_devices.py"), flags=flags)
 
 
 @pytest.mark.serial
