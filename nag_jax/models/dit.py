@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from nag_jax.errors import UserError
 from nag_jax.models.layers import (
+    NORM_STATISTICS,
     PRECISIONS,
     AttentionImplementation,
     Block,
@@ -49,12 +50,17 @@ def _is_flash_attention(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 _policies = jax.checkpoint_policies
+_keep_both = _policies.save_from_both_policies
+# Two numbers a token: without them a norm's whole output is computed once more for the gradient of its modulation.
+_keep_statistics = _policies.save_only_these_names(NORM_STATISTICS)
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": _policies.nothing_saveable,
-    "dots": _policies.dots_saveable,
-    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
-    "dots_flash": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _is_flash_attention),
+    "dots": _keep_both(_policies.dots_saveable, _keep_statistics),
+    "dots_no_batch": _keep_both(_policies.dots_with_no_batch_dims_saveable, _keep_statistics),
+    "dots_flash": _keep_both(
+        _keep_both(_policies.dots_with_no_batch_dims_saveable, _is_flash_attention), _keep_statistics
+    ),
 }
 DTYPES = ("float32", "bfloat16")
 

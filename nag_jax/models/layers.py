@@ -5,12 +5,14 @@ carry the names of the official state dict.
 """
 
 import contextlib
+import math
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 AttentionImplementation = Literal["xla", "cudnn", None]
 
@@ -18,6 +20,8 @@ FREQUENCIES = 256  # width of the sinusoidal time features
 MAX_PERIOD = 10_000.0
 MLP_RATIO = 4
 NORM_EPSILON = 1e-6
+NORM_STATISTICS = "norm_statistics"  # the name by which rematerialisation may keep a norm's means and variances
+GELU_SCALE, GELU_CUBE = (2 / math.pi) ** 0.5, 0.044715
 PRECISIONS = {"default": None, "highest": jax.lax.Precision.HIGHEST}
 
 normal_init = nn.initializers.normal(0.02)
@@ -82,13 +86,31 @@ def unpatchify(tokens: jax.Array, patch_size: int, height: int, width: int) -> j
 def layer_norm(x: jax.Array) -> jax.Array:
     """Layer normalisation over the last axis without affine parameters, in and to float32."""
     x = x.astype(jnp.float32)
-    centred = x - x.mean(axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPSILON)
+    mean = checkpoint_name(x.mean(axis=-1, keepdims=True), NORM_STATISTICS)
+    variance = checkpoint_name(jnp.square(x - mean).mean(axis=-1, keepdims=True), NORM_STATISTICS)
+    return (x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """adaLN: x (1 + scale) + shift; x [B, T, hidden], shift and scale [B, hidden]."""
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in its tanh approximation, x (1 + tanh u) / 2 with u = √(2/π) (x + 0.044715 x³); float32 inside."""
+    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    # (1 + tanh u) / 2 is the sigmoid of 2u. With a tanh in the slope too, both would share it, and XLA wrote what
+    # is shared to a GPU's memory, where writing and reading cost more than computing it twice.
+    (x,), (tangent,) = primals, tangents
+    wide = x.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(2 * GELU_SCALE * (wide + GELU_CUBE * wide**3))
+    slope = sigmoid * (1 + wide * (1 - sigmoid) * 2 * GELU_SCALE * (1 + 3 * GELU_CUBE * wide**2))
+    return gelu(x), (slope * tangent).astype(x.dtype)
 
 
 def linear(
@@ -141,8 +163,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = x.shape[-1]
         y = linear(MLP_RATIO * hidden, self.dtype, self.precision, name="fc1")(x)
-        y = nn.gelu(y, approximate=True)
-        return linear(hidden, self.dtype, self.precision, name="fc2")(y)
+        return linear(hidden, self.dtype, self.precision, name="fc2")(gelu(y))
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ from clu import parameter_overview
 from nag_jax.errors import UserError
 from nag_jax.models import dit
 from nag_jax.models.dit import ModelConfig, build_model, init_params
-from nag_jax.models.layers import Block, patchify, sincos_positions, time_features, unpatchify
+from nag_jax.models.layers import Block, gelu, patchify, sincos_positions, time_features, unpatchify
 
 SHAPE, CLASSES = (8, 8, 4), 5
 TINY = ModelConfig(depth=2, hidden_size=32, num_heads=4, patch_size=2, learn_sigma=True, precision="highest")
@@ -154,6 +154,19 @@ def test_patchify_order_and_inverse():
     assert tokens.shape == (2, 6, 12)
     np.testing.assert_array_equal(tokens[1, 4], x[1, 2:4, 2:4].ravel())  # token 4: second row, second column
     np.testing.assert_array_equal(unpatchify(tokens, 2, 4, 6), x)
+
+
+def test_gelu_and_its_slope():
+    """The closed form in float64; in bfloat16 one rounding is all that is lost."""
+    x = np.concatenate([np.linspace(-12, 12, 2001), [-1e5, -0.0, 1e-20, 1e5]]).astype(np.float32)
+    wide, scale = x.astype(np.float64), np.sqrt(2 / np.pi)
+    tanh = np.tanh(scale * (wide + 0.044715 * wide**3))
+    slope = (1 + tanh + wide * (1 - tanh**2) * scale * (1 + 3 * 0.044715 * wide**2)) / 2
+    np.testing.assert_allclose(gelu(x), wide * (1 + tanh) / 2, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), slope, rtol=1e-6, atol=1e-6)
+    half = jnp.asarray(x, jnp.bfloat16)
+    assert gelu(half).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gelu(half), gelu(half.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
 def test_non_square_input_and_channels():

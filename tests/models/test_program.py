@@ -138,6 +138,18 @@ def test_products_are_kept_where_the_policy_says_so(remat, repeated):
     assert count - plain_count == repeated
 
 
+@pytest.mark.parametrize(("remat", "repeated"), [("dots", 0), ("dots_no_batch", 0), ("full", 4)])
+def test_statistics_of_norms_are_kept_unless_nothing_is(remat, repeated):
+    """A block has two norms; each takes two sums over a token, for the mean and the variance."""
+
+    def sums(name):
+        found = equations(gradient_jaxpr(network(remat=name)))
+        tokens = [e.invars[0].aval for e in found if e.primitive.name == "reduce_sum" and e.params["axes"] == (2,)]
+        return sum(aval.shape[-1] == HALF.hidden_size for aval in tokens)
+
+    assert sums(remat) - sums("none") == repeated
+
+
 # Guided sampling
 
 
