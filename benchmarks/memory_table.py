@@ -21,11 +21,11 @@ BATCH_SIZE = 256
 COPIES = 4  # parameters, two moments of Adam, one average
 FLOAT32 = 4
 LATENT, PATCH_SIZE, CLASSES, TIME_FEATURES = (32, 32, 4), 2, 1000, 256
-MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, 2), (4, 2), (8, 2))  # fsdp and tensor; the rest is data
+MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, 2), (4, 2))  # fsdp and tensor; the rest is data
 CELLS = tuple(
     Cell("training", size, machine, fsdp, tensor)
-    for size in ("XL", "3B")
     for machine in ("v5p-32", "v5e-16")
+    for size in ("XL", "3B")
     for fsdp, tensor in MESHES
 )
 

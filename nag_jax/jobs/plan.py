@@ -181,7 +181,7 @@ def make_plan(config: Config, description: ModelDescription, topology: Topology)
         "memory_limit": limit,
         "mesh": dict(mesh.shape),
         "training": settings(config)
-        | {"state_bytes": state_bytes(config, description, mesh)}
+        | {"num_steps": config.num_steps, "state_bytes": state_bytes(config, description, mesh)}
         | report(program, topology),
     }
     content["largest_batch"] = None if limit is None else largest_batch(config, description, topology, program)
