@@ -142,8 +142,11 @@ def run_script(
     if given.table:
         print(table(content))
         return
+    import jax
+
     from nag_jax.jobs.experiment import environment, version
 
+    jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU where its compiler is installed
     for cell in cells[: given.cells]:
         if cell.name in content["cells"]:
             continue

@@ -16,12 +16,13 @@ def table(plan: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     limit = "not known" if plan["memory_limit"] is None else size_text(plan["memory_limit"])
     training, sampling = plan["training"], plan["sampling"]
+    too_much = plan["memory_limit"] is not None and training["state_bytes"] > plan["memory_limit"]
     lines = [
         f"{plan['topology']}: {plan['device_kind']} x{plan['devices']} ({mesh}), memory of each {limit}",
         "",
         f"training, batch {training['batch_size']}, remat {training['remat']}",
         *program_lines(training),
-        f"  {'state alone':<22}{size_text(training['state_bytes'])}",
+        f"  {'state alone':<22}{size_text(training['state_bytes'])}{', more than a device has' if too_much else ''}",
     ]
     if (line := training.get("roofline")) is not None:
         steps = training["num_steps"]
@@ -77,7 +78,7 @@ def program_lines(program: dict[str, Any]) -> list[str]:
 def largest_words(largest: dict[str, Any]) -> str:
     """The outcome of the search of a batch."""
     if not largest["fits"]:
-        return f"none was seen to fit; {largest['too_large']} is too large"
+        return f"none; {largest['too_large']} is too large"
     if largest["too_large"] is None:
         return f"{largest['fits']} fits, and larger ones may"
     return f"{largest['fits']} fits, {largest['too_large']} does not"

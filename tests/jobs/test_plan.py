@@ -168,6 +168,14 @@ def test_the_largest_batch_is_a_multiple_of_the_devices(small_machine: SmallMach
     assert (found["fits"], found["too_large"]) == (64, 80)
 
 
+def test_where_the_state_does_not_fit_no_batch_is_tried(small_machine: SmallMachine, monkeypatch: pytest.MonkeyPatch):
+    """1600 bytes of state on every device of 500; sixteen is the smallest batch of sixteen devices."""
+    first = small_machine.compile(TINY)
+    monkeypatch.setattr(plan, "compile_training", lambda *_: pytest.fail("compiled in vain"))
+    found = plan.largest_batch(TINY, plan.describe_network(TINY), small_machine.topology, first)
+    assert found == {"fits": 0, "too_large": 16, "compilations": 0}
+
+
 @pytest.mark.parametrize(
     ("message", "gibibytes"),
     [

@@ -60,7 +60,9 @@ def test_a_plan_that_does_not_fit_says_what_would():
     settings = {"data": 1, "fsdp": 4, "tensor": 1, "remat": "full", "batch_size": 8}
     largest = {"fits": 0, "too_large": 4, "compilations": 6}
     text = table(PLAN | {"training": failed, "suggestion": PROGRAM | settings, "largest_batch": largest})
-    assert "it would need 32.00 GiB" in text and "none was seen to fit; 4 is too large" in text
+    assert "it would need 32.00 GiB" in text and "none; 4 is too large" in text
     assert "--config.parallel.fsdp=4" in text and "--config.model.remat=full --config.batch_size=8" in text
     assert "Nothing that was tried fits" in table(PLAN | {"training": failed})
+    assert "more than a device has" not in text
+    assert "32.00 GiB, more than a device has" in table(PLAN | {"training": failed | {"state_bytes": 2**35}})
     assert "not estimated" in text  # the suggestion comes without a roofline here
