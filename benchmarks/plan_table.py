@@ -10,53 +10,17 @@ here is measured on a TPU: the memory is the compiler's, and times are a rooflin
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
-from etils import epath
+from plan_cells import NOT_COMPILED, ROOT, Cell, compile_apart, devices_of, run_script
 
-from nag_jax import storage
-from nag_jax.config import Config, defaults, from_config_dict
 from nag_jax.plan.search import Attempt, largest_fitting
 from nag_jax.plan.topologies import CHIPS, GIB, topology_name
 
-ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = ROOT / "results/plan_tpu.json"
-COMPILE_SECONDS = 180
 MOST_COMPILATIONS = 6
-METHOD = "cfg+nag"
 SMALLEST_BATCH = 256  # of the public training
 ROWS_OF_A_DEVICE = 4  # at least, on many devices
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One entry of the table.
-
-    Attributes:
-        job: "training" or "sampling".
-        size: of the network, patch 2 on latents of 32 x 32 x 4.
-        machine: a name of `plan.topologies`.
-        fsdp: devices that parameters are split over; the others are data-parallel.
-    """
-
-    job: str
-    size: str
-    machine: str
-    fsdp: int
-
-    @property
-    def name(self) -> str:
-        """Names the cell in the results."""
-        return f"{self.job} {self.size}/2 {self.machine} fsdp {self.fsdp}"
-
 
 # The most important first.
 CELLS = (
@@ -89,70 +53,9 @@ CELLS = (
     Cell("sampling", "S", "v4-8", 1),
     Cell("sampling", "B", "v4-8", 1),
     Cell("sampling", "L", "v4-8", 1),
+    Cell("training", "3B", "v5e-16", 16),
+    Cell("training", "3B", "v5p-16", 8),
 )
-
-
-def devices_of(machine: str) -> int:
-    """The devices of a machine."""
-    generation, _, shape = topology_name(machine).partition(":")
-    chips = 1
-    for side in shape.split("x"):
-        chips *= int(side)
-    return chips * CHIPS[generation].devices
-
-
-def config_of(cell: Cell, batch_size: int) -> Config:
-    """The settings of a cell: those of configs/imagenet256.py that decide memory and operations."""
-    settings = defaults()
-    settings.data.name = "imagenet2012"
-    settings.data.image_size, settings.data.channels, settings.data.latents = 256, 3, "latents/imagenet256"
-    settings.model.size, settings.model.patch_size = cell.size, 2
-    settings.model.learn_sigma, settings.model.dtype, settings.model.remat = True, "bfloat16", "dots"
-    settings.objective.label_dropout = settings.objective.noise_dropout = 0.1
-    settings.sampling.stepper, settings.sampling.num_steps = "euler_maruyama", 250
-    settings.sampling.guided_channels = 3
-    settings.eval.methods, settings.eval.num_samples = (METHOD,), 10_000
-    settings.parallel.fsdp = cell.fsdp
-    settings.batch_size = settings.sampling.batch_size = batch_size
-    return from_config_dict(settings)
-
-
-def compile_here(cell: Cell, batch_size: int) -> dict[str, Any]:
-    """Compiles one program in this process; its report."""
-    from nag_jax.jobs import plan, plan_programs
-    from nag_jax.jobs.methods import make_method
-    from nag_jax.parallel import make_mesh
-
-    config = config_of(cell, batch_size)
-    topology, description = plan.open_plan(config, cell.machine)
-    if cell.job == "sampling":
-        methods = {METHOD: make_method(METHOD, config.sampling)}
-        _, program = plan_programs.compile_sampling(config, description, topology, methods)
-        return plan_programs.report(program, topology)
-    mesh = make_mesh(config.parallel, topology.devices)
-    state = plan_programs.state_bytes(config, description, mesh)
-    return {"state_bytes": state} | plan_programs.report(
-        plan_programs.compile_training(config, description, topology), topology
-    )
-
-
-def compile_apart(cell: Cell, batch_size: int) -> dict[str, Any]:
-    """`compile_here` in a process of its own; {"error": why} where it fails or takes too long."""
-    given = json.dumps({"cell": dataclasses.asdict(cell), "batch_size": batch_size})
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    try:
-        done = subprocess.run(
-            [sys.executable, __file__, f"--compile={given}"],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=COMPILE_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"batch {batch_size} took more than {COMPILE_SECONDS} s to compile"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def fill(cell: Cell) -> dict[str, Any]:
@@ -193,7 +96,7 @@ def table(content: dict[str, Any]) -> str:
         found = content["cells"].get(cell.name)
         head = f"| {cell.job} | {cell.size}/2 | {cell.machine} | {cell.fsdp} |"
         if found is None:
-            lines.append(f"{head} | | | | | not compiled yet |")
+            lines.append(f"{head} | | | | | {NOT_COMPILED} |")
         elif "error" in found:
             lines.append(f"{head} {found['batch_size']} | | | | | {found['error']} |")
         else:
@@ -226,33 +129,5 @@ def numbers(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file that is filled")
-    parser.add_argument("--table", action="store_true", help="print the table of what there is, and compile nothing")
-    parser.add_argument("--cells", type=int, default=len(CELLS), help="stop after so many cells of the list")
-    parser.add_argument("--compile", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.compile:
-        wanted = json.loads(given.compile)
-        print(json.dumps(storage.as_json(compile_here(Cell(**wanted["cell"]), wanted["batch_size"]))))
-        return
-    content = storage.read_json(given.output) if given.output.exists() else {"cells": {}}
-    if given.table:
-        print(table(content))
-        return
-    from nag_jax.jobs.experiment import environment, version
-
-    for cell in CELLS[: given.cells]:
-        if cell.name in content["cells"]:
-            continue
-        start = time.perf_counter()
-        filled = fill(cell)
-        where = environment() | {"command": "python benchmarks/plan_table.py", "libtpu": version("libtpu")}
-        content["cells"][cell.name] = filled | {"seconds": time.perf_counter() - start, "environment": where}
-        storage.write_json(epath.Path(given.output), content)
-        print(f"{cell.name}: {content['cells'][cell.name]['seconds']:.0f} s", file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_script("plan_table.py", __doc__, CELLS, fill, table, ROOT / "results/plan_tpu.json")

@@ -181,7 +181,7 @@ def make_plan(config: Config, description: ModelDescription, topology: Topology)
         "memory_limit": limit,
         "mesh": dict(mesh.shape),
         "training": settings(config)
-        | {"state_bytes": state_bytes(config, description, mesh)}
+        | {"num_steps": config.num_steps, "state_bytes": state_bytes(config, description, mesh)}
         | report(program, topology),
     }
     content["largest_batch"] = None if limit is None else largest_batch(config, description, topology, program)
@@ -207,7 +207,7 @@ def largest_batch(
     """The largest training batch that fits with everything else as it is.
 
     Returns:
-        "fits", 0 if none does; "too_large", the smallest that was seen not to; "compilations".
+        "fits", 0 if none does; "too_large", the smallest that is known not to; "compilations".
     """
     mesh = make_mesh(config.parallel, topology.devices)
     unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulation_steps
@@ -220,6 +220,8 @@ def largest_batch(
             program = compile_training(dataclasses.replace(config, batch_size=size), description, topology)
         return Attempt(program.fits(topology), program.needed_bytes)
 
+    if fixed > limit:  # then nothing has to be compiled to know
+        return {"fits": 0, "too_large": unit, "compilations": 0}
     known = {config.batch_size // unit: Attempt(first.fits(topology), first.needed_bytes)}
     largest = largest_fitting(
         attempt, known, limit=limit, fixed_bytes=fixed, max_attempts=MOST_COMPILATIONS

@@ -16,13 +16,18 @@ def table(plan: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     limit = "not known" if plan["memory_limit"] is None else size_text(plan["memory_limit"])
     training, sampling = plan["training"], plan["sampling"]
+    too_much = plan["memory_limit"] is not None and training["state_bytes"] > plan["memory_limit"]
     lines = [
         f"{plan['topology']}: {plan['device_kind']} x{plan['devices']} ({mesh}), memory of each {limit}",
         "",
         f"training, batch {training['batch_size']}, remat {training['remat']}",
         *program_lines(training),
-        f"  {'state alone':<22}{size_text(training['state_bytes'])}",
+        f"  {'state alone':<22}{size_text(training['state_bytes'])}{', more than a device has' if too_much else ''}",
     ]
+    if (line := training.get("roofline")) is not None:
+        steps = training["num_steps"]
+        hidden, bare = (duration_text(steps * line[key]) for key in ("seconds", "seconds_without_overlap"))
+        lines.append(f"  {f'all {steps:,} steps':<22}{hidden} to {bare}")
     if (largest := plan["largest_batch"]) is not None:
         lines.append(f"  {'largest batch':<22}{largest_words(largest)}")
     if not training["fits"]:
@@ -49,11 +54,11 @@ def program_lines(program: dict[str, Any]) -> list[str]:
     verdict = "" if program["fits"] else ": does not fit"
     lines = [
         f"  {'memory of a device':<22}{size_text(memory['total'])} ({parts}){verdict}",
-        f"  {'operations':<22}{program['flops'] / 1e12:.4g} TFLOP",
+        f"  {'operations':<22}{program['flops'] / 1e12:.4g} TFLOP, of all devices together",
     ]
     for kind, sums in program["collectives"].items():
         received = size_text(sums["received"])
-        lines.append(f"  {kind:<22}{sums['count']}, {size_text(sums['bytes'])} in all, {received} to each device")
+        lines.append(f"  {kind:<22}{sums['count']} times, {size_text(sums['bytes'])} in all, {received} to each device")
     if not program["collectives"]:
         lines.append(f"  {'collectives':<22}none")
     if (line := program.get("roofline")) is None:
@@ -73,7 +78,7 @@ def program_lines(program: dict[str, Any]) -> list[str]:
 def largest_words(largest: dict[str, Any]) -> str:
     """The outcome of the search of a batch."""
     if not largest["fits"]:
-        return f"none was seen to fit; {largest['too_large']} is too large"
+        return f"none; {largest['too_large']} is too large"
     if largest["too_large"] is None:
         return f"{largest['fits']} fits, and larger ones may"
     return f"{largest['fits']} fits, {largest['too_large']} does not"
@@ -99,7 +104,7 @@ def size_text(num_bytes: float) -> str:
 
 def duration_text(duration: float) -> str:
     """A duration in a unit that suits it."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+    for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
         if duration >= size:
             return f"{duration / size:.3g} {unit}"
     return f"{duration / 1e-6:.3g} us"

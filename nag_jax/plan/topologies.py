@@ -1,7 +1,7 @@
 """Machines by name: the devices of a TPU topology without a TPU, and what one device can do.
 
-The TPU compiler of the package `libtpu` makes the devices; they can be compiled for, not run on. Numbers of a chip are
-those that its maker publishes, not measurements.
+The TPU compiler of the package `libtpu` makes the devices; they can be compiled for, not run on. Speeds of a chip are
+those that its maker publishes, not measurements; its memory is what the compiler lets a program have.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ class Chip:
     Attributes:
         name: "TPU v5e".
         flops: peak of dense products in bfloat16, FLOP/s.
-        hbm_bytes: memory.
+        hbm_bytes: memory that a program can have, as the compiler of libtpu 0.0.42 says it of one that is too large.
+            Published are 32 GiB for v4 and v6e, 16 for v5e and 192 for TPU7x, which is all of it, and 95 for v5p, which
+            is what is left of 96.
         hbm_bandwidth: bytes/s, reading and writing together.
-        ici_bandwidth: bytes/s that all its links to other chips bring in at once, half of the "bidirectional" figure.
-        devices: devices that JAX sees of it.
-        source: where the numbers are published.
+        ici_bandwidth: bytes/s that all its links to other chips bring in at once: half of what is published as
+            bidirectional, which is the sum of both directions. A chip at the edge of a slice has fewer links.
+        devices: devices that JAX sees of it. Each is given its part of all the above, and what they exchange within the
+            chip is counted as if it went over the links.
+        source: where the speeds are published.
     """
 
     name: str
@@ -54,12 +58,15 @@ class Chip:
 
 
 _DOCS = "https://docs.cloud.google.com/tpu/docs/"
+# The figure that is not on the pages of Cloud TPU is v4's: 6 links of 50 GB/s. It is taken to be one way, for the JAX
+# scaling book (jax-ml.github.io/scaling-book/tpus) gives 45 GB/s one way. Some editions of v5e's page have 800 GiB/s of
+# memory for 819 GB/s.
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 32 * GIB, 1200e9, 300e9, 1, f"{_DOCS}v4; links: arXiv 2304.01433, table 4"),
-    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 819e9, 200e9, 1, f"{_DOCS}v5e"),
-    "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2765e9, 600e9, 1, f"{_DOCS}v5p"),
-    "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1638e9, 400e9, 1, f"{_DOCS}v6e"),
-    "tpu7x": Chip("TPU7x", 2307e12, 192 * GIB, 7380e9, 600e9, 2, f"{_DOCS}tpu7x"),
+    "v4": Chip("TPU v4", 275e12, 30.75 * GIB, 1200e9, 300e9, 1, f"{_DOCS}v4; links: arXiv 2304.01433, table 4"),
+    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 819e9, 200e9, 1, f"{_DOCS}v5e"),
+    "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2765e9, 600e9, 1, f"{_DOCS}v5p"),
+    "v6e": Chip("TPU v6e", 918e12, 31.25 * GIB, 1638e9, 400e9, 1, f"{_DOCS}v6e"),
+    "tpu7x": Chip("TPU7x", 2307e12, 2 * 94.75 * GIB, 7380e9, 600e9, 2, f"{_DOCS}tpu7x"),
 }
 # What `device_kind` says of the same chips, for the machine's own devices.
 GENERATIONS = {

@@ -1,4 +1,4 @@
-"""The scripts in benchmarks/ as modules: they are no part of the package."""
+"""The scripts in benchmarks/ as modules: they are no part of the package, and import their neighbours by name."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 def load_benchmark() -> Iterator[Callable[[str], ModuleType]]:
     """Imports benchmarks/NAME.py for the tests of one file."""
     names = []
+    sys.path.insert(0, str(ROOT / "benchmarks"))
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / f"benchmarks/{name}.py")
@@ -28,5 +29,6 @@ def load_benchmark() -> Iterator[Callable[[str], ModuleType]]:
         return module
 
     yield load
+    sys.path.remove(str(ROOT / "benchmarks"))
     for name in names:
         del sys.modules[name]

@@ -6,13 +6,17 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 from etils import epath
+from jax.sharding import SingleDeviceSharding
 
 from nag_jax import flops
 from nag_jax.config import Config, SamplingConfig
@@ -23,7 +27,7 @@ from nag_jax.jobs import plan
 from nag_jax.jobs.plan_programs import Memory, Program, needed_bytes
 from nag_jax.models.dit import REMAT_POLICIES, ModelConfig
 from nag_jax.parallel import ParallelConfig
-from nag_jax.plan.topologies import CHIPS, Topology
+from nag_jax.plan.topologies import CHIPS, GIB, Topology, open_topology
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = Config(
@@ -164,6 +168,14 @@ def test_the_largest_batch_is_a_multiple_of_the_devices(small_machine: SmallMach
     assert (found["fits"], found["too_large"]) == (64, 80)
 
 
+def test_where_the_state_does_not_fit_no_batch_is_tried(small_machine: SmallMachine, monkeypatch: pytest.MonkeyPatch):
+    """1600 bytes of state on every device of 500; sixteen is the smallest batch of sixteen devices."""
+    first = small_machine.compile(TINY)
+    monkeypatch.setattr(plan, "compile_training", lambda *_: pytest.fail("compiled in vain"))
+    found = plan.largest_batch(TINY, plan.describe_network(TINY), small_machine.topology, first)
+    assert found == {"fits": 0, "too_large": 16, "compilations": 0}
+
+
 @pytest.mark.parametrize(
     ("message", "gibibytes"),
     [
@@ -197,6 +209,22 @@ def test_a_tiny_config_is_compiled_for_a_tpu(tmp_path: Path):
     assert sampling is not None and sampling["fits"]
     least, most = sampling["roofline"]["communication_share"]
     assert 0.0 <= least <= most < 1.0
+
+
+@pytest.mark.serial
+@pytest.mark.skipif(not HAS_TPU_COMPILER, reason="the TPU compiler, libtpu, is not installed (extra: plan)")
+@pytest.mark.parametrize("generation", CHIPS)
+def test_the_memory_of_a_chip_is_what_its_compiler_says_of_too_large_a_program(generation: str):
+    """The message has two decimals of a GiB."""
+    topology = open_topology(f"{generation}:{'2x2' if generation in ('v5e', 'v6e') else '2x2x1'}")
+    place = SingleDeviceSharding(topology.devices[0])
+    vector = jax.ShapeDtypeStruct((2**19,), jnp.float32, sharding=place)
+    lowered = jax.jit(lambda x: jnp.sort(x[:, None] * x, axis=0)).lower(vector)  # 1 TiB
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as raised:
+        lowered.compile()
+    said = re.search(r"available HBM \(([\d.]+)G\)|of ([\d.]+)G hbm", str(raised.value))
+    assert said is not None and topology.chip is not None
+    assert topology.chip.hbm_bytes / GIB == float(said[1] or said[2])
 
 
 @pytest.mark.serial

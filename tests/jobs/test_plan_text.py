@@ -24,7 +24,7 @@ PLAN = {
     "device_kind": "TPU v5 lite",
     "memory_limit": 16 * 2**30,
     "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
-    "training": PROGRAM | {"remat": "dots", "state_bytes": 2**29, "roofline": ROOFLINE},
+    "training": PROGRAM | {"remat": "dots", "num_steps": 72_000, "state_bytes": 2**29, "roofline": ROOFLINE},
     "largest_batch": {"fits": 32, "too_large": 36, "compilations": 4},
     "suggestion": None,
     "sampling": None,
@@ -34,7 +34,8 @@ PLAN = {
 def test_sizes_and_durations_have_a_unit_that_suits_them():
     sizes = [size_text(size) for size in (12, 2**11, 3 * 2**20, 5 * 2**30)]
     assert sizes == ["12 B", "2.00 KiB", "3.00 MiB", "5.00 GiB"]
-    assert [duration_text(duration) for duration in (2.5, 0.02, 3e-5)] == ["2.5 s", "20 ms", "30 us"]
+    durations = [duration_text(duration) for duration in (9000.0, 90.0, 2.5, 0.02, 3e-5)]
+    assert durations == ["2.5 h", "1.5 min", "2.5 s", "20 ms", "30 us"]
 
 
 def test_a_plan_that_fits():
@@ -42,8 +43,9 @@ def test_a_plan_that_fits():
     for part in (
         "v5e:2x2: TPU v5 lite x4 (data 1 x fsdp 4 x tensor 1), memory of each 16.00 GiB",
         "3.00 GiB (arguments 1.00 GiB, temporaries 2.00 GiB",
-        "2, 1.00 MiB in all, 2.00 MiB to each device",
+        "2 times, 1.00 MiB in all, 2.00 MiB to each device",
         "500 ms to 750 ms",
+        "all 72,000 steps      10 h to 15 h",
         "16 at best",
         "0% where it hides behind the rest, 33% where it does not",
         "32 fits, 36 does not",
@@ -58,7 +60,9 @@ def test_a_plan_that_does_not_fit_says_what_would():
     settings = {"data": 1, "fsdp": 4, "tensor": 1, "remat": "full", "batch_size": 8}
     largest = {"fits": 0, "too_large": 4, "compilations": 6}
     text = table(PLAN | {"training": failed, "suggestion": PROGRAM | settings, "largest_batch": largest})
-    assert "it would need 32.00 GiB" in text and "none was seen to fit; 4 is too large" in text
+    assert "it would need 32.00 GiB" in text and "none; 4 is too large" in text
     assert "--config.parallel.fsdp=4" in text and "--config.model.remat=full --config.batch_size=8" in text
     assert "Nothing that was tried fits" in table(PLAN | {"training": failed})
+    assert "more than a device has" not in text
+    assert "32.00 GiB, more than a device has" in table(PLAN | {"training": failed | {"state_bytes": 2**35}})
     assert "not estimated" in text  # the suggestion comes without a roofline here

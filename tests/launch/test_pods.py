@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from nag_jax import flops
+from nag_jax.models.vae import VaeConfig
+
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs/pods.md").read_text()
 CELLS = json.loads((ROOT / "results/plan_tpu.json").read_text())["cells"]
@@ -36,6 +39,28 @@ def test_hours_of_sampling_are_those_of_eight_evaluations_a_step():
     hours = 50_000 / cell["batch_size"] * cell["roofline"]["seconds"] * 8 / 3 / 3600
     assert f"| {hours:.1f} on v5e-16 (*estimate from below*)" in TEXT
     assert f"{cell['roofline']['seconds']:.1f} s at best for 64 images" in TEXT
+
+
+def test_minutes_lost_to_a_stop_are_those_between_two_checkpoints():
+    line, every = CELLS["training XL/2 v5e-16 fsdp 16"]["roofline"], config("sit_xl2,nag").checkpoint.every_steps
+    least, most = (every * line[key] / 60 for key in ("seconds", "seconds_without_overlap"))
+    assert re.search(rf"\({every:,}\) steps back: {least:.0f} to {most:.0f} minutes", TEXT)
+
+
+def test_the_commands_have_the_meshes_of_the_tables():
+    """Training with fsdp over the sixteen chips; sampling without."""
+    training, sampling = (re.search(rf"tpu_pod.sh {job} -- (?:.*\\\n)*.*", TEXT) for job in ("all", "start"))
+    assert training is not None and "--config.parallel.fsdp=16" in training[0]
+    assert sampling is not None and "--mode=evaluate" in sampling[0] and "fsdp" not in sampling[0]
+    assert "fsdp" not in TEXT[TEXT.index("PLACES=") : training.start()]
+
+
+def test_latents_are_two_orientations_of_both_splits():
+    """Float16 means and log-variances of the training images; operations for the 50,000 held-out images too."""
+    images = runpy.run_path(str(ROOT / "configs/imagenet256.py"))["TRAINING_IMAGES"]
+    operations = 2 * (images + 50_000) * flops.vae_encode(VaeConfig(), 256, 256)
+    assert f"latents, {2 * images * 32 * 32 * 8 * 2 / 1e9:.0f} GB of training images" in TEXT
+    assert f"both splits are {operations / 1e18:.2f} EFLOP" in TEXT
 
 
 def test_its_links_and_scripts_exist():

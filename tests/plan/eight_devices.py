@@ -34,17 +34,17 @@ def exchanged(function, *arguments):
     return summarize(find_collectives(jax.jit(function).lower(*arguments).compile().as_text()))
 
 
-def with_fsdp(config, size):
-    return dataclasses.replace(config, parallel=ParallelConfig(fsdp=size))
+def split(config, **axes):
+    return dataclasses.replace(config, parallel=ParallelConfig(**axes))
 
 
 def main():
     local = open_topology("local")
     mesh = make_mesh(ParallelConfig(fsdp=8))
-    split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    columns = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     whole = NamedSharding(mesh, PartitionSpec())
     report = {}
-    parameter = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=split)
+    parameter = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=columns)
     report["gather"] = exchanged(lambda x: jax.lax.with_sharding_constraint(2.0 * x, whole), parameter)
 
     def scan(rows, weights):
@@ -69,16 +69,20 @@ def main():
         for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(specs), strict=True)
         if "fsdp" not in tuple(spec)
     )
+    report["state_bytes_tensor"] = {
+        size: state_bytes(CONFIG, description, make_mesh(ParallelConfig(fsdp=2, tensor=size))) for size in (1, 2, 4)
+    }
     larger = dataclasses.replace(CONFIG, batch_size=64)
     programs = {
         "data": compile_training(CONFIG, description, local),
-        "fsdp": compile_training(with_fsdp(CONFIG, 8), description, local),
-        "fsdp_large_batch": compile_training(with_fsdp(larger, 8), description, local),
+        "fsdp": compile_training(split(CONFIG, fsdp=8), description, local),
+        "fsdp_large_batch": compile_training(split(larger, fsdp=8), description, local),
+        "all": compile_training(split(CONFIG, fsdp=2, tensor=2), description, local),
     }
     report |= {name: summarize(program.collectives) for name, program in programs.items()}
-    report["arguments"] = programs["fsdp"].memory.arguments
+    report["arguments"] = {name: program.memory.arguments for name, program in programs.items()}
     batch = training_batch(CONFIG, description)
-    report["batch_bytes"] = sum(math.prod(each.shape) * each.dtype.itemsize // 8 for each in batch.values())
+    report["batch_bytes"] = sum(math.prod(each.shape) * each.dtype.itemsize for each in batch.values())
     print(json.dumps(report))
 
 

@@ -188,5 +188,21 @@ def test_split_parameters_are_gathered_and_never_the_batch(eight):
 
 
 @pytest.mark.serial
-def test_the_compiler_plans_the_state_among_the_arguments(eight):
-    assert 0 <= eight["arguments"] - eight["state_bytes"]["8"] - eight["batch_bytes"] <= 1024
+def test_the_tensor_axis_splits_the_four_wide_kernels_of_a_block(eight):
+    """Of 3 + 1 + 4 + 4 squares of 128 features in each of two blocks, in parameters, two moments and one average."""
+    wide = 4 * 4 * 2 * 12 * 128**2
+    whole = eight["state_bytes_tensor"]["1"]
+    for tensor in (2, 4):
+        saved = whole - eight["state_bytes_tensor"][str(tensor)]
+        assert saved == wide // 2 - wide // (2 * tensor)
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize(
+    ("mesh", "state", "rows"),
+    [("data", ("state_bytes", "1"), 8), ("fsdp", ("state_bytes", "8"), 8), ("all", ("state_bytes_tensor", "2"), 4)],
+)
+def test_the_compiler_plans_the_state_of_a_device_among_its_arguments(eight, mesh, state, rows):
+    """And its rows of the batch, which is split over data x fsdp."""
+    expected = eight[state[0]][state[1]] + eight["batch_bytes"] // rows
+    assert 0 <= eight["arguments"][mesh] - expected <= 1024
