@@ -4,12 +4,11 @@
         "jax-cuda12-pjrt==$(python -c 'import jax; print(jax.__version__)')" \
         nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 nvidia-cublas-cu12 nvidia-cudnn-cu12 nvidia-cufft-cu12 \
         nvidia-cusolver-cu12 nvidia-cusparse-cu12 nvidia-cuda-cupti-cu12 nvidia-nvjitlink-cu12 nvidia-nccl-cu12
-    python benchmarks/gpu_traffic.py --output=results/gpu_traffic.json
+    python benchmarks/gpu_traffic.py
 
-Needs no GPU; the packages are for Linux. Nothing is measured: every kernel is taken to read its operands and to write its
-results once. Only compilations without a GPU's autotuning are compared, with products by cuBLAS; what a GPU runs may
-group operations otherwise. What kernels other than products and attention move is what a step can lose without the
-operations of the network becoming more.
+Needs no GPU; the packages are for Linux. Nothing is measured: every kernel is taken to read its operands and to write
+its results once, in a program that is compiled without a GPU's autotuning and with products by cuBLAS. A GPU may run
+another one. Products and attention have their least; what other kernels move is what can be saved.
 """
 
 from __future__ import annotations
@@ -183,7 +182,7 @@ def traffic_of(options: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file; this run is added to those in it")
     given = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"  # the GPU's compiler is asked by name
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + NO_TRITON_PRODUCTS
@@ -193,13 +192,14 @@ def main() -> None:
         layouts.append({**options, **traffic_of(options), "seconds": time.perf_counter() - start})
         print(layouts[-1], flush=True)
     packages = {name: version(name) for name in ("jax-cuda12-plugin", "nvidia-cudnn-cu12", "nvidia-cublas-cu12")}
-    content = {
+    run = {
         "network": "XL/2 of benchmarks/step.py, bfloat16, cuDNN attention",
         "batch_size": BATCH_SIZE,
         "layouts": layouts,
-        "environment": environment() | packages,
+        "environment": environment() | {"command": "python benchmarks/gpu_traffic.py", **packages},
     }
-    storage.write_json(epath.Path(given.output), content)
+    runs = storage.read_json(given.output)["runs"] if given.output.exists() else []
+    storage.write_json(epath.Path(given.output), {"runs": [*runs, run]})
 
 
 if __name__ == "__main__":

@@ -81,6 +81,9 @@ SIZES = {
         steps=6,
         repeats=3,
         variants=(
+            Variant(
+                "jax", "train", 128, {"attention": "cudnn", "scan_blocks": False, "remat": "none"}, NO_TRITON_PRODUCTS
+            ),
             Variant("jax", "train", 128, {"attention": "cudnn", "scan_blocks": True, "remat": "dots_flash"}),
             Variant("jax", "sample", 64, {"attention": "cudnn", "scan_blocks": True}, NO_TRITON_PRODUCTS),
             Variant("torch", "train", 128, {"compile": True}),
@@ -92,7 +95,7 @@ SIZES = {
             Variant("torch", "train", 256, {"compile": True}),
             Variant("jax", "train", 256, {"attention": "cudnn", "scan_blocks": True, "remat": "full"}),
             Variant("torch", "train", 128, {"compile": False}),
-            Variant("jax", "train", 128, {"attention": "cudnn", "scan_blocks": False, "remat": "dots_flash"}),
+            Variant("jax", "train", 128, {"attention": "cudnn", "scan_blocks": False, "remat": "none"}),
         ),
     ),
     "small": Size(
