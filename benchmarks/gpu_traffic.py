@@ -184,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file; this run is added to those in it")
     given = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the GPU's compiler is asked by name
+    jax.config.update("jax_platforms", "cpu")  # the GPU's compiler is asked by name
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + NO_TRITON_PRODUCTS
     layouts = []
     for options in LAYOUTS:
