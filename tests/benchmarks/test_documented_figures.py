@@ -14,6 +14,7 @@ def read(name):
 
 
 GPU, CPU, METRICS, FEATURES = map(read, ("step_gpu", "step_cpu", "metrics_cpu", "features_cpu"))
+BEFORE, NOW = read("gpu_traffic")["runs"]
 
 
 def row(*cells):
@@ -106,7 +107,24 @@ def metric_rows():
     ]
 
 
+def traffic_rows():
+    rows = []
+    for before, now in zip(BEFORE["layouts"], NOW["layouts"], strict=True):
+        moved = now["gigabytes_of_a_block"]
+        gigabytes = (
+            moved["products"],
+            moved["attention"],
+            before["gigabytes_of_a_block"]["other"],
+            moved["other"],
+            now["temporary_gigabytes_of_a_block"],
+        )
+        layout = "scanned" if now["scan_blocks"] else "unrolled", f"`{now['remat']}`"
+        rows.append(row(*layout, *(f"{each:.1f}" for each in gigabytes)))
+    return rows
+
+
 TABLES = {
+    "traffic on a GPU": traffic_rows(),
     "training on a GPU": [
         gpu_training("ours", OURS_GPU, "first", OURS_GPU["peak_bytes_of_the_process"]),
         gpu_training("PyTorch", TORCH_GPU, "second", TORCH_GPU["peak_bytes"]),
