@@ -38,6 +38,7 @@ from scipy.special import softmax
 from scipy.stats import chi2
 
 from nag_jax import storage
+from nag_jax.curve_styles import COLOURS, LINES, MARKERS
 from nag_jax.denoiser import Denoiser, Params, Prediction
 from nag_jax.diffusion.analytic import Mixture, MixtureFunction, MixtureTimePosterior, make_mixture
 from nag_jax.diffusion.analytic_gaussian import perturbed_radius, perturbed_variance
@@ -48,7 +49,6 @@ from nag_jax.diffusion.stepping import Heun
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.jobs.experiment import environment
 from nag_jax.noise_shift.answers import answer
-from nag_jax.noise_shift.figure import COLOURS, LINES, MARKERS
 
 SCORE_ERRORS = (-0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1)
 NAG_SCALES = (0.3, 1.0, 3.0)

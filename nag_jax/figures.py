@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from nag_jax.curve_styles import style_of
 from nag_jax.errors import UserError
-from nag_jax.noise_shift.figure import COLOURS, LINES, MARKERS
 
 MAX_GRID_CLASSES = 10
 
@@ -236,9 +236,7 @@ def compare_figure(comparison: Mapping[str, Any]) -> bytes:
     spread = np.ptp([entry["nag_scale"] for entry in comparison["entries"]])
     for index, (cfg_scale, entries) in enumerate(by_cfg.items()):
         style: dict[str, Any] = {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "linestyle": LINES[index % len(LINES)],
+            **style_of(index)._asdict(),
             "label": f"CFG {cfg_scale:g}" + (" (off)" if cfg_scale == 1.0 else ""),
         }
         # Side by side, so that overlapping intervals stay readable.

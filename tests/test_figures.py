@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from nag_jax import figures
+from nag_jax.curve_styles import COLOURS
 from nag_jax.errors import UserError
-from nag_jax.noise_shift.figure import COLOURS
 
 NUM_INTERVALS = 4
 

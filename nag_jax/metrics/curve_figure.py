@@ -9,11 +9,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nag_jax.curve_styles import style_of
 from nag_jax.metrics.extrapolation import DistanceCurve
-
-# Okabe and Ito's colours, told apart by colour-blind readers too; markers tell more curves apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "v")
 
 
 def curve_figure(curves: Mapping[str, DistanceCurve], label: str) -> bytes:
@@ -26,7 +23,7 @@ def curve_figure(curves: Mapping[str, DistanceCurve], label: str) -> bytes:
     figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
     axes = figure.subplots()
     for index, (name, curve) in enumerate(curves.items()):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        colour, _, marker = style_of(index)
         inverse = 1.0 / curve.sizes
         ends = np.array([0.0, inverse.max()])
         axes.plot(ends, curve.limit + curve.slope * ends, color=colour, linewidth=1.0)

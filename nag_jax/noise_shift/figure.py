@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,30 +16,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from nag_jax.curve_styles import style_of
 from nag_jax.errors import UserError
 from nag_jax.noise_shift.density import density_grid, kernel_density
 from nag_jax.noise_shift.measurement import NoiseShift
 
-# Okabe and Ito's colours without the pale yellow: told apart with any kind of colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
-LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 2)))
 PANELS_PER_ROW = 5
 NAMES_PER_ROW = 5
-
-
-class Style(NamedTuple):
-    """How a guidance is drawn in all panels."""
-
-    color: str
-    linestyle: Any
-    marker: str
-
-
-def style_of(index: int) -> Style:
-    """The look of the guidance at a place in the order: the first 49 differ in colour, or in both line and marker."""
-    again = index + index // len(COLOURS)
-    return Style(COLOURS[index % len(COLOURS)], LINES[again % len(LINES)], MARKERS[again % len(MARKERS)])
 
 
 def noise_shift_figure(shifts: Mapping[str, NoiseShift], *, dpi: int = 110) -> bytes:

@@ -6,11 +6,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from nag_jax.curve_styles import style_of
 from nag_jax.errors import UserError
 from nag_jax.noise_shift import noise_shift_figure
 from nag_jax.noise_shift.answers import Answers
 from nag_jax.noise_shift.calibration import Calibration
-from nag_jax.noise_shift.figure import style_of
 from nag_jax.noise_shift.measurement import compare_answers
 
 CALIBRATION = Calibration((0.1, 0.9), (0.1, 0.9), (0.05, 0.05))
