@@ -50,7 +50,7 @@ class Experiment:
         config: the settings.
         workdir: where results are written.
         mesh: the devices.
-        description: the network.
+        description: the network; its attention may be "auto", see `attention_choice.settled`.
         network_folder: where the network is, or is trained.
     """
 
@@ -105,7 +105,7 @@ class Experiment:
         return self.place(loading.read_params(self._original_folder(), "ema"))
 
     def original_description(self, how: ModelDescription) -> ModelDescription:
-        """What the network is that training started from, computed as `how`. Raises UserError as above."""
+        """What the network is that training started from, computed as `how`; see `original_params`."""
         original = loading.read_description(self._original_folder())
         return dataclasses.replace(original, model=loading.computed_as(original.model, how.model))
 

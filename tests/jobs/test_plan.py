@@ -211,9 +211,7 @@ def test_a_tiny_config_is_compiled_for_a_tpu(tmp_path: Path):
 @pytest.mark.skipif(not HAS_TPU_COMPILER, reason="the TPU compiler, libtpu, is not installed (extra: plan)")
 def test_pallas_attention_is_compiled_for_a_tpu_on_every_axis_of_the_mesh():
     """256 tokens in two heads of 72 numbers, as wide as those of XL."""
-    model = ModelConfig(
-        depth=2, hidden_size=144, num_heads=2, dtype="bfloat16", attention="pallas", remat="dots_flash"
-    )
+    model = ModelConfig(depth=2, hidden_size=144, num_heads=2, dtype="bfloat16", attention="pallas", remat="dots_flash")
     config = dataclasses.replace(
         TINY,
         data=dataclasses.replace(TINY.data, image_size=256),
