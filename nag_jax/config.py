@@ -325,8 +325,12 @@ def key_paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def with_training_of(config: Config, stored: Config) -> Config:
-    """`config` with everything about training as in `stored`: what a job on a trained network works under."""
+    """`config` with everything about training as in `stored`: what a job on a trained network works under.
+
+    Its attention is that of `config`: the job may run on another kind of device.
+    """
     kept = {name: getattr(stored, name) for name in ("num_steps", *FIXED_ON_RESUME) if name != "data"}
+    kept["model"] = dataclasses.replace(stored.model, attention=config.model.attention)
     return dataclasses.replace(config, **kept)
 
 

@@ -36,7 +36,16 @@ from nag_jax.diffusion.process import ProcessConfig, make_process
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
 from nag_jax.hosts import check_shared, is_first, wait_for_all
-from nag_jax.models.dit import DiT, ModelConfig, build_model, dimensions, stack_blocks, unstack_blocks
+from nag_jax.models.attention import AUTO, AttentionName, AttentionShape, candidates, obstacle
+from nag_jax.models.dit import (
+    DiT,
+    ModelConfig,
+    attention_shape,
+    build_model,
+    dimensions,
+    stack_blocks,
+    unstack_blocks,
+)
 from nag_jax.models.layers import TimeEmbedding, normal_init
 from nag_jax.models.noise_estimator import build_estimator
 from nag_jax.noise_shift.calibration import Calibration
@@ -87,6 +96,15 @@ class ModelDescription:
         """The Linen module. Raises UserError for sizes that do not fit."""
         height, width, channels = self.sample_shape
         return build_model(self.model, input_shape=(height, width, channels), num_classes=self.num_classes)
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """What the network's attention is asked for; of sizes that `network` accepts."""
+        return attention_shape(self.model, self.sample_shape)
+
+    def with_attention(self, name: AttentionName) -> ModelDescription:
+        """The same network, its attention computed by `name`."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, attention=name))
 
     def denoiser(self, params: Params = None) -> Denoiser:
         """The Denoiser with `params`; None for a description to train."""
@@ -193,13 +211,17 @@ def load(path: epath.PathLike, weights: str = "ema", step: int | None = None) ->
         step: checkpoint to read; the newest if None.
 
     Returns:
-        The Denoiser with its parameters as host arrays, ready for `nag_jax.sample`.
+        The Denoiser with its parameters as host arrays, ready for `nag_jax.sample`. An attention that this machine does
+        not have is replaced by what it takes for "auto", see `build_model`.
 
     Raises:
         UserError: the folder, the checkpoint or the weights are missing or damaged.
     """
     folder = epath.Path(path)
-    description = read_description(folder)
+    description, device = read_description(folder), jax.devices()[0]
+    name = description.model.attention
+    if name != AUTO and obstacle(name, description.attention_shape, device):
+        description = description.with_attention(candidates(description.attention_shape, device)[0])
     return description.denoiser(read_params(folder, weights, step))
 
 

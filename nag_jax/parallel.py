@@ -151,6 +151,32 @@ def keep_rows_apart(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
+def on_own_rows_and_heads(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function` called by each device for its own rows and heads, in what `on_mesh` or `jax.set_mesh` compiles.
+
+    For what the compiler cannot split over devices, such as Pallas' kernels. Rows or heads that do not divide are
+    computed by every device; without a mesh nothing changes.
+
+    Args:
+        function: of arrays [B, T, heads, head_dim], to an array of that shape.
+    """
+
+    def split(*arrays: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if not set(AXES) <= set(mesh.axis_names):
+            return function(*arrays)
+        rows, _, heads, _ = arrays[0].shape
+        spec = PartitionSpec(
+            BATCH_AXES if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None,
+            None,
+            "tensor" if heads % mesh.shape["tensor"] == 0 else None,
+        )
+        # Kernels do not say along which axes their results differ, so that cannot be checked.
+        return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
+    return split
+
+
 def partition_spec(mesh: Mesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
     """The rule for one parameter.
 

@@ -26,6 +26,8 @@ from nag_jax.parallel import (
     init_sharded,
     local_rows,
     make_mesh,
+    on_mesh,
+    on_own_rows_and_heads,
     param_shardings,
     pmap_sharding,
     replicated,
@@ -122,6 +124,21 @@ class Mode:
         self.state, _ = checkpoints.restore(abstract)
 
 
+def own_rows_and_heads(mesh):
+    """Shapes that a function sees of arrays of so many rows and heads, and whether its result is put together right."""
+    seen = {}
+    for rows, heads in ((8, 4), (3, 4), (8, 3)):
+
+        def double(x, key=f"{rows} x {heads}"):
+            seen[key] = list(x.shape)
+            return 2 * x
+
+        x = np.arange(rows * heads * 10.0).reshape(rows, 2, heads, 5)
+        split = jax.jit(on_mesh(on_own_rows_and_heads(double), mesh))
+        assert np.array_equal(split(jax.device_put(x, replicated(mesh))), 2 * x)
+    return seen
+
+
 def main(folder):
     report = {"devices": jax.device_count()}
     start = on_host(jax.jit(new_state)(KEY))
@@ -192,6 +209,7 @@ def main(folder):
     expected = to_uint8(on_host(vae.decode(states[:13])))
     for name, images in (("decode_all", decoder.decode_all(on_host(states[:13]))), ("decode", decoder(placed)[:13])):
         report[name] = largest_difference(images.astype(np.float32), expected.astype(np.float32))
+    report["own_rows_and_heads"] = own_rows_and_heads(modes["all"].mesh)
     mesh = modes["fsdp"].mesh
     report["local_rows"] = [local_rows(mesh, ROWS).start, local_rows(mesh, ROWS).stop]
     report["state_rules"] = (

@@ -24,6 +24,7 @@ from nag_jax.config import (
 )
 from nag_jax.data.fine_tuning_sets import FINE_TUNING_SETS
 from nag_jax.errors import UserError
+from nag_jax.models.dit import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -259,3 +260,9 @@ def test_a_job_on_a_trained_network_keeps_its_training():
     current = dataclasses.replace(Config(), seed=1, sampling=dataclasses.replace(Config().sampling, num_steps=9))
     merged = with_training_of(current, stored)
     assert (merged.seed, merged.num_steps, merged.sampling.num_steps) == (7, 3, 9)
+
+
+def test_a_job_on_a_trained_network_has_an_attention_of_its_own():
+    """A network that was trained with cuDNN's can be sampled on a machine without."""
+    stored = dataclasses.replace(Config(), model=ModelConfig(depth=7, dtype="bfloat16", attention="cudnn"))
+    assert with_training_of(Config(), stored).model == ModelConfig(depth=7, dtype="bfloat16", attention="auto")

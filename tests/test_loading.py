@@ -56,6 +56,16 @@ def test_loaded_networks_are_called_as_they_were_trained(source: Path):
     assert value.shape == x.shape
 
 
+def test_an_attention_that_is_not_here_is_replaced(source: Path, tmp_path: Path):
+    """Where cuDNN's was trained with, XLA's answers on a CPU."""
+    folder = tmp_path / "from_a_gpu"
+    shutil.copytree(source, folder)
+    model = dataclasses.replace(CONTROL.model, dtype="bfloat16", attention="cudnn")
+    loading.write_description(folder, dataclasses.replace(CONTROL, model=model))
+    denoiser = loading.load(folder)
+    assert denoiser.apply.model.attention == "xla"
+
+
 def test_an_unused_null_embedding_starts_at_the_mean_of_the_time_mlp(source: Path):
     before = loading.read_params(source, "ema")
     params = loading.read_for_fine_tuning(source, WITH_NAG, "ema", seed=0)

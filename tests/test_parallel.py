@@ -116,6 +116,12 @@ def test_rows_are_kept_apart_only_where_there_is_a_mesh_that_they_divide_over():
     np.testing.assert_array_equal(jax.jit(parallel.on_mesh(parallel.keep_rows_apart, mesh))(x), x)
 
 
+def test_rows_and_heads_stay_together_without_a_mesh():
+    shapes = []
+    parallel.on_own_rows_and_heads(lambda x: shapes.append(x.shape) or x)(jnp.ones((4, 2, 6, 3)))
+    assert shapes == [(4, 2, 6, 3)]
+
+
 def test_a_mesh_is_made_of_the_devices_that_are_given():
     devices = jax.devices()[:1]
     assert make_mesh(ParallelConfig(), devices).devices.flat[0] is devices[0]
@@ -151,6 +157,12 @@ def test_eight_devices_compute_what_one_does(eight):
     assert all(eight["count"].values())
     assert eight["same_draws"]
     assert eight["local_rows"] == [0, 16]
+
+
+@pytest.mark.serial
+def test_a_device_gets_its_own_rows_and_heads_where_they_divide(eight):
+    """Four parts of rows, two of heads."""
+    assert eight["own_rows_and_heads"] == {"8 x 4": [2, 2, 2, 5], "3 x 4": [3, 2, 2, 5], "8 x 3": [2, 2, 3, 5]}
 
 
 @pytest.mark.serial

@@ -27,10 +27,12 @@ from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import NagJaxError
 from nag_jax.figures import shown_samples
 from nag_jax.hosts import wait_for_all
+from nag_jax.jobs.attention_choice import settled
 from nag_jax.jobs.experiment import Experiment, TrainedNetwork
 from nag_jax.jobs.methods import Method, make_samplers
 from nag_jax.jobs.sample_store import SampleStore
 from nag_jax.jobs.scores import Features, feature_function, outputs_in_use
+from nag_jax.loading import ModelDescription
 from nag_jax.metrics.features import FeatureNet
 from nag_jax.noise_shift.answers import Answers
 from nag_jax.parallel import batch_sharding, holds_first_copy, local_part, local_rows, place, replicated, row_by_row
@@ -78,6 +80,14 @@ def sampling_batch_size(config: Config, mesh: Mesh) -> int:
     return -(-min(config.sampling.batch_size, config.eval.num_samples) // num_devices) * num_devices
 
 
+def sampled_network(experiment: Experiment) -> ModelDescription:
+    """The network with the attention that samples are drawn by; every process must call it."""
+    mesh = experiment.mesh
+    rows = sampling_batch_size(experiment.config, mesh) // (mesh.shape["data"] * mesh.shape["fsdp"])
+    # Of one branch: those of a guidance are as many times more for every attention.
+    return settled(experiment, "sampling", rows=rows)
+
+
 def draw(
     experiment: Experiment,
     network: TrainedNetwork,
@@ -110,8 +120,11 @@ def draw(
     """
     config = experiment.config
     labels = sample_labels(experiment)
-    denoiser = experiment.description.denoiser(network.params)
-    original = experiment.original if any(method.needs_original for method in methods.values()) else None
+    description = sampled_network(experiment)
+    denoiser = description.denoiser(network.params)
+    original = None
+    if any(method.needs_original for method in methods.values()):
+        original = experiment.original_description(description).denoiser(experiment.original_params)
     samplers = make_samplers(config, denoiser, methods, measuring=measuring, guiding=guiding, original=original)
     stores = {name: SampleStore(folder / re.sub(r"[^\w.+-]", "_", name), len(labels)) for name in methods}
     missing = {name: store.agreed_missing() for name, store in stores.items()}

@@ -25,12 +25,13 @@ from nag_jax.data.images import to_float
 from nag_jax.data.latents import LatentSource, open_latents
 from nag_jax.data.pipeline import eval_arrays
 from nag_jax.data.sources import DataConfig, Source, open_source
-from nag_jax.denoiser import Denoiser, Params
+from nag_jax.denoiser import Params
 from nag_jax.errors import UserError
 from nag_jax.hosts import is_first
 from nag_jax.jobs.decoding import Decoder
 from nag_jax.jobs.methods import Method, check_methods
 from nag_jax.loading import ModelDescription
+from nag_jax.models.attention import AUTO, check_attention
 from nag_jax.models.dit import init_params
 from nag_jax.parallel import make_mesh, param_shardings, place
 from nag_jax.params_hash import params_hash
@@ -49,7 +50,7 @@ class Experiment:
         config: the settings.
         workdir: where results are written.
         mesh: the devices.
-        description: the network.
+        description: the network; its attention may be "auto", see `attention_choice.settled`.
         network_folder: where the network is, or is trained.
     """
 
@@ -95,18 +96,18 @@ class Experiment:
         return Decoder(self.config.data, self.description.latent, self.mesh, str(self.network_folder))
 
     @functools.cached_property
-    def original(self) -> Denoiser:
-        """The network that training started from, on the devices, for Domain Guidance.
+    def original_params(self) -> Params:
+        """Parameters of the network that training started from, on the devices, for Domain Guidance.
 
         Raises:
             UserError: the network was not fine-tuned.
         """
-        denoiser = loading.load(self._original_folder())
-        return dataclasses.replace(denoiser, params=self.place(denoiser.params))
+        return self.place(loading.read_params(self._original_folder(), "ema"))
 
-    def original_description(self) -> ModelDescription:
-        """What the network is that training started from. Raises UserError as `original` does."""
-        return loading.read_description(self._original_folder())
+    def original_description(self, how: ModelDescription) -> ModelDescription:
+        """What the network is that training started from, computed as `how`; see `original_params`."""
+        original = loading.read_description(self._original_folder())
+        return dataclasses.replace(original, model=loading.computed_as(original.model, how.model))
 
     def _original_folder(self) -> epath.Path:
         folder = original_folder(self.config, self.network_folder)
@@ -136,24 +137,26 @@ class Experiment:
 
     def add_to_environment(self, stage: str, **entries: Any) -> None:
         """Puts where a stage ("training", "evaluation") runs, and further entries, into environment.json."""
-        self._update_environment({stage: environment()} | entries)
+        self.update_environment({stage: environment()} | entries)
 
     def add_seconds(self, **stages: float) -> None:
         """Adds to the wall time of stages in environment.json; an interrupted and resumed stage adds up.
 
         On several hosts the first one's count.
         """
-        known = self._environment().get("seconds", {})
+        known = self.recorded_environment().get("seconds", {})
         sums = {name: known.get(name, 0.0) + seconds for name, seconds in stages.items()}
-        self._update_environment({"seconds": known | sums})
+        self.update_environment({"seconds": known | sums})
 
-    def _environment(self) -> dict[str, Any]:
+    def recorded_environment(self) -> dict[str, Any]:
+        """What environment.json holds by now."""
         path = self.workdir / ENVIRONMENT_FILE
         return storage.read_json(path) if path.exists() else {}
 
-    def _update_environment(self, entries: dict[str, Any]) -> None:
+    def update_environment(self, entries: dict[str, Any]) -> None:
+        """Puts entries into environment.json, on the first host."""
         if is_first():
-            storage.write_json(self.workdir / ENVIRONMENT_FILE, self._environment() | entries)
+            storage.write_json(self.workdir / ENVIRONMENT_FILE, self.recorded_environment() | entries)
 
 
 class TrainedNetwork(NamedTuple):
@@ -196,7 +199,16 @@ def open_training(config: Config, workdir: epath.PathLike) -> Experiment:
                 f"the new class embeddings need training, but optimizer.trainable = {config.optimizer.trainable!r}. "
                 "Set it to 'all', or start from a network of these classes, such as the control's."
             )
-    return Experiment(config, workdir, make_mesh(config.parallel), description, workdir)
+    mesh = make_mesh(config.parallel)
+    check_network(description, mesh)
+    return Experiment(config, workdir, mesh, description, workdir)
+
+
+def check_network(description: ModelDescription, mesh: Mesh) -> None:
+    """Raises UserError for sizes that do not fit, or an attention that the devices do not have."""
+    description.network()
+    if description.model.attention != AUTO:
+        check_attention(description.model.attention, description.attention_shape, mesh.devices.flat[0])
 
 
 def original_folder(config: Config, network_folder: epath.Path) -> epath.Path | None:
@@ -215,7 +227,9 @@ def open_experiment(config: Config, workdir: epath.PathLike, checkpoint: epath.P
     """
     description = loading.read_description(checkpoint)
     description = dataclasses.replace(description, model=loading.computed_as(description.model, config.model))
-    return Experiment(config, epath.Path(workdir), make_mesh(config.parallel), description, epath.Path(checkpoint))
+    mesh = make_mesh(config.parallel)
+    check_network(description, mesh)
+    return Experiment(config, epath.Path(workdir), mesh, description, epath.Path(checkpoint))
 
 
 def open_trained(
@@ -265,7 +279,7 @@ def check_sampling(experiment: Experiment, methods: Mapping[str, Method], *, nee
         getattr(experiment, source)
     original = None
     if any(method.needs_original for method in methods.values()):
-        original = experiment.original_description().denoiser()
+        original = experiment.original_description(experiment.description).denoiser()
     check_methods(experiment.config, experiment.description, methods, original)
     _ = experiment.decoder
 

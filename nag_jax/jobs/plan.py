@@ -33,6 +33,7 @@ from nag_jax.jobs.plan_programs import (
 )
 from nag_jax.jobs.plan_text import table
 from nag_jax.loading import ModelDescription, describe
+from nag_jax.models.attention import AUTO, candidates, check_attention
 from nag_jax.models.vae import VaeConfig
 from nag_jax.parallel import make_mesh
 from nag_jax.plan.search import Attempt, largest_fitting
@@ -69,18 +70,21 @@ def run(config: Config, topology_name: str, workdir: epath.Path) -> epath.Path:
 
 
 def open_plan(config: Config, topology_name: str) -> tuple[Topology, ModelDescription]:
-    """The devices and the network, checked before anything long runs. Raises UserError as `run` does."""
+    """The devices and the network with the attention that they take. Raises UserError as `run` does."""
     if config.parallel.mode == "pmap":
         raise UserError("--mode=plan compiles for a mesh. Set config.parallel.mode = 'jit'; 'pmap' computes the same.")
     if topology_name != LOCAL:
         # The machine's own accelerators, if it has any, are not needed and stay free.
         jax.config.update("jax_platforms", "cpu")
     topology = open_topology(topology_name)
-    if config.model.attention == "cudnn" and topology.devices[0].platform != "gpu":
-        raise UserError("model.attention = 'cudnn' is for GPUs. Set model.attention = 'xla' to plan these devices.")
     make_mesh(config.parallel, topology.devices)
     description = describe_network(config)
     description.network()
+    shape, device = description.attention_shape, topology.devices[0]
+    if description.model.attention == AUTO:
+        # A plan measures nothing, so it is of what a job would presumably take.
+        return topology, description.with_attention(candidates(shape, device)[0])
+    check_attention(description.model.attention, shape, device)
     return topology, description
 
 
@@ -234,7 +238,7 @@ def suggest(config: Config, description: ModelDescription, topology: Topology) -
     """The first of `alternatives` that fits, compiled; None if none of the first few does."""
     limit = memory_limit(topology)
     compilations = 0
-    for candidate in alternatives(config, len(topology.devices)):
+    for candidate in alternatives(config, len(topology.devices), description.model.attention):
         mesh = make_mesh(candidate.parallel, topology.devices)
         if limit is not None and state_bytes(candidate, description, mesh) > limit:
             continue
@@ -244,14 +248,15 @@ def suggest(config: Config, description: ModelDescription, topology: Topology) -
         changed = settings(candidate)
         with stage(f"trying {', '.join(f'{key} {value}' for key, value in changed.items())}"):
             # The network is described again: its rematerialisation is part of it.
-            described = dataclasses.replace(description, model=candidate.model)
+            model = dataclasses.replace(description.model, remat=candidate.model.remat)
+            described = dataclasses.replace(description, model=model)
             program = compile_training(candidate, described, topology)
         if program.fits(topology):
             return changed | report(program, topology)
     return None
 
 
-def alternatives(config: Config, num_devices: int) -> Iterator[Config]:
+def alternatives(config: Config, num_devices: int, attention: str) -> Iterator[Config]:
     """Settings that need less memory than `config`, the cheapest change first.
 
     Parameters split over all devices, which costs communication that partly hides; then keeping less for the backward
@@ -261,7 +266,7 @@ def alternatives(config: Config, num_devices: int) -> Iterator[Config]:
     split = dataclasses.replace(config.parallel, data=1, fsdp=rows)
     layouts = (split,) if config.parallel.fsdp == rows else (split, config.parallel)
     weaker = REMAT_ORDER[REMAT_ORDER.index(config.model.remat) :]
-    policies = [policy for policy in weaker if policy != "dots_flash" or config.model.attention == "cudnn"]
+    policies = [policy for policy in weaker if policy != "dots_flash" or attention != "xla"]
     unit = rows * config.optimizer.accumulation_steps
     largest = config.batch_size // unit * unit
     tries = [(parallel, remat, largest) for remat in policies for parallel in layouts]

@@ -21,7 +21,7 @@ from nag_jax.errors import UserError
 from nag_jax.figures import sample_grid, shown_samples
 from nag_jax.hosts import check_shared, from_first, is_first, wait_for_all
 from nag_jax.jobs import features
-from nag_jax.jobs.drawing import SHOWN_PER_CLASS, Drawn, images, sample_labels
+from nag_jax.jobs.drawing import SHOWN_PER_CLASS, Drawn, images, sample_labels, sampled_network
 from nag_jax.jobs.estimators import Measuring
 from nag_jax.jobs.experiment import Experiment, TrainedNetwork, commit, config_digest
 from nag_jax.jobs.image_features import extract
@@ -55,8 +55,13 @@ INFORMATION = ("checkpoint", "config", "commit", "earlier_commits", "batch_size"
 def sampling_conditions(
     experiment: Experiment, network: TrainedNetwork, methods: Mapping[str, Method], guiding: Estimator | None
 ) -> dict[str, Any]:
-    """All that samples depend on, and where they come from, to stand beside every number."""
+    """All that samples depend on, and where they come from, to stand beside every number.
+
+    The attention is the one that is computed by: what "auto" chose is kept with the work folder, so that the same
+    command finds the same result.
+    """
     config, vae = experiment.config, experiment.decoder.vae
+    model = sampled_network(experiment).model
     conditions = {
         "step": network.step,
         "network": network.fingerprint,
@@ -66,9 +71,9 @@ def sampling_conditions(
         "batch_size": config.sampling.batch_size,
         "num_samples": config.eval.num_samples,
         "seed": config.eval.seed,
-        "dtype": experiment.description.model.dtype,
-        "precision": experiment.description.model.precision,
-        "attention": experiment.description.model.attention,
+        "dtype": model.dtype,
+        "precision": model.precision,
+        "attention": model.attention,
         "device": jax.devices()[0].device_kind,
         "vae": {"name": vae.name, "fingerprint": vae.fingerprint} if vae else None,
         "checkpoint": str(experiment.network_folder),
@@ -76,7 +81,7 @@ def sampling_conditions(
         "commit": commit(),
     }
     if any(method.needs_original for method in methods.values()):
-        conditions["original_network"] = params_hash(to_host(experiment.original.params))
+        conditions["original_network"] = params_hash(to_host(experiment.original_params))
     if config.sampling.label_rule == "reference":
         conditions["reference"] = experiment.eval_source.fingerprint
         conditions["num_reference_labels"] = len(experiment.eval_states[1])

@@ -24,6 +24,7 @@ from nag_jax.diffusion.objective import summarize_buckets
 from nag_jax.errors import TrainingDivergedError, UserError
 from nag_jax.hosts import check_same, check_shared, from_first, is_first
 from nag_jax.jobs import evaluate
+from nag_jax.jobs.attention_choice import settled
 from nag_jax.jobs.experiment import (
     ORIGINAL_FOLDER,
     Experiment,
@@ -197,7 +198,8 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
     config, mesh, workdir = experiment.config, experiment.mesh, experiment.workdir
     train_start = time.perf_counter()
     is_pmap, together = config.parallel.mode == "pmap", config.parallel.steps_per_dispatch
-    function = step_function(config, experiment.description)
+    rows = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulation_steps)
+    function = step_function(config, settled(experiment, "training", rows=rows))
     if is_pmap:
         train_step = pmap_train_step(function, PMAP_AXIS)
     elif together > 1:

@@ -18,10 +18,18 @@ import jax
 import jax.numpy as jnp
 
 from nag_jax.errors import UserError
+from nag_jax.models.attention import (
+    AUTO,
+    PALLAS_RESIDUALS,
+    AttentionChoice,
+    AttentionName,
+    AttentionShape,
+    candidates,
+    check_attention,
+)
 from nag_jax.models.layers import (
     NORM_STATISTICS,
     PRECISIONS,
-    AttentionImplementation,
     Block,
     FinalLayer,
     TimeEmbedding,
@@ -51,16 +59,17 @@ def _is_flash_attention(primitive: Any, *_: Any, **__: Any) -> bool:
 
 _policies = jax.checkpoint_policies
 _keep_both = _policies.save_from_both_policies
-# Two numbers a token: without them a norm's whole output is computed once more for the gradient of its modulation.
+# Of statistics, two numbers a token: without them a norm's whole output is computed once more for the gradient of its
+# modulation.
 _keep_statistics = _policies.save_only_these_names(NORM_STATISTICS)
+_keep_flash_attention = _keep_both(_is_flash_attention, _policies.save_only_these_names(PALLAS_RESIDUALS))
+_keep_dots_no_batch = _keep_both(_policies.dots_with_no_batch_dims_saveable, _keep_statistics)
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": _policies.nothing_saveable,
     "dots": _keep_both(_policies.dots_saveable, _keep_statistics),
-    "dots_no_batch": _keep_both(_policies.dots_with_no_batch_dims_saveable, _keep_statistics),
-    "dots_flash": _keep_both(
-        _keep_both(_policies.dots_with_no_batch_dims_saveable, _is_flash_attention), _keep_statistics
-    ),
+    "dots_no_batch": _keep_dots_no_batch,
+    "dots_flash": _keep_both(_keep_dots_no_batch, _keep_flash_attention),
 }
 DTYPES = ("float32", "bfloat16")
 
@@ -80,9 +89,10 @@ class ModelConfig:
         precision: "default" (the platform's) or "highest", of matrix products in float32.
         remat: what the backward pass keeps of a block: "none" (no rematerialisation), "full" (keep nothing),
             "dots" (keep matrix products), "dots_no_batch" (keep those without a batch dimension: all but attention's)
-            or "dots_flash" (these, and the output of cuDNN's attention).
+            or "dots_flash" (these, and the output of a fused attention, cuDNN's or Pallas').
         scan_blocks: one compiled block scanned over stacked parameters, or `depth` unrolled blocks.
-        attention: implementation of `jax.nn.dot_product_attention`: "xla", "cudnn" (needs bfloat16) or None.
+        attention: what computes it: "xla", "cudnn" or "pallas" (see `models/attention.py` for what they need; Pallas'
+            compiles for TPUs and was never run on one), or "auto": the fastest on the device, which jobs measure.
     """
 
     size: str = ""
@@ -95,7 +105,7 @@ class ModelConfig:
     precision: str = "default"
     remat: str = "none"
     scan_blocks: bool = True
-    attention: AttentionImplementation = "xla"
+    attention: AttentionChoice = "auto"
 
 
 def dimensions(config: ModelConfig) -> tuple[int, int, int]:
@@ -109,8 +119,9 @@ class DiT(nn.Module):
     Attributes:
         input_shape: (H, W, C) of one input; H and W are multiples of patch_size and need not be equal.
         num_classes: classes without the null class, which is row `num_classes` of the label embedding.
-        depth, hidden_size, num_heads, patch_size, learn_sigma, dtype, precision, remat, scan_blocks and
-            attention: as in `ModelConfig`.
+        depth, hidden_size, num_heads, patch_size, learn_sigma, dtype, precision, remat and scan_blocks: as in
+            `ModelConfig`.
+        attention: as there, and never "auto".
     """
 
     input_shape: tuple[int, int, int]
@@ -124,7 +135,7 @@ class DiT(nn.Module):
     precision: str = "default"
     remat: str = "none"
     scan_blocks: bool = True
-    attention: AttentionImplementation = "xla"
+    attention: AttentionName = "xla"
 
     def setup(self) -> None:
         out_channels = self.input_shape[2] * (2 if self.learn_sigma else 1)
@@ -241,11 +252,19 @@ class DiT(nn.Module):
         return tokens
 
 
+def attention_shape(config: ModelConfig, input_shape: tuple[int, ...]) -> AttentionShape:
+    """What the attention of `config`'s network is asked for on inputs of `input_shape`, (H, W, C)."""
+    _, hidden_size, num_heads = dimensions(config)
+    tokens = (input_shape[0] // config.patch_size) * (input_shape[1] // config.patch_size)
+    return AttentionShape(tokens, num_heads, hidden_size // num_heads, config.dtype)
+
+
 def build_model(config: ModelConfig, *, input_shape: tuple[int, int, int], num_classes: int) -> DiT:
     """The network that a configuration describes.
 
     Args:
-        config: see `ModelConfig`.
+        config: see `ModelConfig`. Nothing is measured here: attention "auto" is the first of the default device's
+            `candidates`.
         input_shape: (H, W, C) of one input of the network (pixels or latents).
         num_classes: classes without the null class, at least 1.
 
@@ -253,14 +272,14 @@ def build_model(config: ModelConfig, *, input_shape: tuple[int, int, int], num_c
         An unbound, hashable Linen module.
 
     Raises:
-        UserError: an unknown name, or sizes that do not divide.
+        UserError: an unknown name, sizes that do not divide, or an attention that does not take them.
     """
-    choices: dict[str, tuple[str | None, ...]] = {
+    choices: dict[str, tuple[str, ...]] = {
         "size": ("", *SIZES),
         "dtype": DTYPES,
         "precision": tuple(PRECISIONS),
         "remat": tuple(REMAT_POLICIES),
-        "attention": get_args(AttentionImplementation),
+        "attention": get_args(AttentionChoice),
     }
     for field, known in choices.items():
         value = getattr(config, field)
@@ -284,10 +303,13 @@ def build_model(config: ModelConfig, *, input_shape: tuple[int, int, int], num_c
             f"model.patch_size = {config.patch_size} does not divide the input of {height} x {width}: "
             "choose another patch or image size."
         )
-    if config.attention == "cudnn" and config.dtype != "bfloat16":
-        raise UserError(
-            "model.attention = 'cudnn' needs half precision: set model.dtype = 'bfloat16' or attention 'xla'."
-        )
+    shape = attention_shape(config, (height, width, channels))
+    attention: AttentionName
+    if config.attention == AUTO:
+        attention = candidates(shape, jax.devices()[0])[0]
+    else:
+        attention = config.attention
+        check_attention(attention, shape)
     return DiT(
         input_shape=(height, width, channels),
         num_classes=num_classes,
@@ -300,7 +322,7 @@ def build_model(config: ModelConfig, *, input_shape: tuple[int, int, int], num_c
         precision=config.precision,
         remat=config.remat,
         scan_blocks=config.scan_blocks,
-        attention=config.attention,
+        attention=attention,
     )
 
 
@@ -316,6 +338,8 @@ def init_params(model: DiT, key: jax.Array) -> Params:
         "blocks_0", "blocks_1", ... when `scan_blocks` is off.
     """
     no, zero = jnp.zeros((1,), bool), jnp.zeros((1,), jnp.int32)
+    # Parameters do not depend on the attention, and a fused one need not take a single row.
+    model = model.clone(attention="xla")
     return model.init(key, jnp.zeros((1, *model.input_shape)), zero, zero, no, no)["params"]
 
 

@@ -6,7 +6,7 @@ carry the names of the official state dict.
 
 import contextlib
 import math
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-AttentionImplementation = Literal["xla", "cudnn", None]
+from nag_jax.models.attention import AttentionName, attention
 
 FREQUENCIES = 256  # width of the sinusoidal time features
 MAX_PERIOD = 10_000.0
@@ -139,17 +139,17 @@ class SelfAttention(nn.Module):
     num_heads: int
     dtype: str
     precision: str
-    attention: AttentionImplementation
+    attention: AttentionName
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, hidden = x.shape
         qkv = linear(3 * hidden, self.dtype, self.precision, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.num_heads, hidden // self.num_heads), 2, 0)
-        # dot_product_attention has no precision argument; it reads the ambient default while it is traced.
+        # Attention has no precision argument; it reads the ambient default while it is traced.
         highest = self.precision == "highest"
         with jax.default_matmul_precision("highest") if highest else contextlib.nullcontext():
-            y = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
+            y = attention(self.attention, q, k, v)
         return linear(hidden, self.dtype, self.precision, name="proj")(y.reshape(batch, tokens, hidden))
 
 
@@ -172,7 +172,7 @@ class Block(nn.Module):
     num_heads: int
     dtype: str
     precision: str
-    attention: AttentionImplementation
+    attention: AttentionName
 
     @nn.compact
     def __call__(self, x: jax.Array, conditioning: jax.Array) -> jax.Array:

@@ -204,6 +204,16 @@ def test_two_processes_draw_the_same_samples_as_one(pair):
 
 
 @pytest.mark.serial
+def test_two_processes_take_the_attention_that_the_first_measured_to_be_fastest(pair):
+    """The second measured the opposite, and would have taken one that does not run on a CPU."""
+    folder, _ = pair
+    environment = json.loads((folder / "sampled-2/environment.json").read_text())
+    assert environment["attention"]["sampling on cpu"]["name"] == "xla"
+    conditions = json.loads((folder / "sampled-2/samples/drawn/conditions.json").read_text())
+    assert conditions["attention"] == "xla"
+
+
+@pytest.mark.serial
 def test_two_processes_encode_the_same_shards_as_one(pair):
     folder, _ = pair
     one, two = (

@@ -37,6 +37,7 @@ TINY = Config(
     objective=Objective(label_dropout=0.1, noise_dropout=0.1),
     sampling=SamplingConfig(num_steps=3, batch_size=8),
 )
+HALF = "--config.model.dtype=bfloat16"
 # launch/environment.sh installs it there, see the reason there.
 sys.path.append(str(Path(sys.prefix) / "tpu_compiler"))
 HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
@@ -77,6 +78,7 @@ def test_this_machine_end_to_end(tmp_path: Path):
         (["--topology=v5e:4by4"], "Nearest: v5e:4x4"),
         (["--topology=local", "--config.parallel.fsdp=3"], "does not use the 1 device(s) exactly"),
         (["--topology=local", "--config.parallel.mode=pmap"], "Set config.parallel.mode = 'jit'"),
+        (["--topology=local", "--config.model.attention=cudnn", HALF], "'cudnn' needs an NVIDIA GPU"),
         (["--topology=local", "--config.data.name=image_folder"], "number of classes of an image folder"),
     ],
 )
@@ -110,7 +112,7 @@ def test_remat_policies_are_ordered_all():
 
 def test_alternatives_split_first_then_keep_less_then_take_fewer():
     config = dataclasses.replace(TINY, batch_size=64, model=dataclasses.replace(TINY.model, remat="dots"))
-    tried = [(c.parallel.fsdp, c.model.remat, c.batch_size) for c in plan.alternatives(config, 16)]
+    tried = [(c.parallel.fsdp, c.model.remat, c.batch_size) for c in plan.alternatives(config, 16, "xla")]
     assert tried == [
         (16, "dots", 64),
         (16, "dots_no_batch", 64),
@@ -121,8 +123,14 @@ def test_alternatives_split_first_then_keep_less_then_take_fewer():
         (16, "full", 16),
     ]
     halves = dataclasses.replace(config, parallel=ParallelConfig(tensor=2))
-    for candidate in plan.alternatives(halves, 16):
+    for candidate in plan.alternatives(halves, 16, "xla"):
         assert (candidate.parallel.data, candidate.parallel.fsdp, candidate.parallel.tensor) in ((1, 8, 2), (-1, 1, 2))
+
+
+@pytest.mark.parametrize(("attention", "is_suggested"), [("xla", False), ("cudnn", True), ("pallas", True)])
+def test_to_keep_a_fused_attention_is_suggested_only_where_there_is_one(attention: str, is_suggested: bool):
+    policies = {candidate.model.remat for candidate in plan.alternatives(TINY, 16, attention)}
+    assert ("dots_flash" in policies) == is_suggested
 
 
 class SmallMachine:
@@ -225,6 +233,35 @@ def test_the_memory_of_a_chip_is_what_its_compiler_says_of_too_large_a_program(g
     said = re.search(r"available HBM \(([\d.]+)G\)|of ([\d.]+)G hbm", str(raised.value))
     assert said is not None and topology.chip is not None
     assert topology.chip.hbm_bytes / GIB == float(said[1] or said[2])
+
+
+@pytest.mark.serial
+@pytest.mark.skipif(not HAS_TPU_COMPILER, reason="the TPU compiler, libtpu, is not installed (extra: plan)")
+def test_pallas_attention_is_compiled_for_a_tpu_on_every_axis_of_the_mesh():
+    """256 tokens in two heads of 72 numbers, as wide as those of XL."""
+    model = ModelConfig(depth=2, hidden_size=144, num_heads=2, dtype="bfloat16", attention="pallas", remat="dots_flash")
+    config = dataclasses.replace(
+        TINY,
+        data=dataclasses.replace(TINY.data, image_size=256),
+        model=model,
+        parallel=ParallelConfig(fsdp=2, tensor=2),
+    )
+    topology, description = plan.open_plan(config, "v5e:2x2")
+    assert description.model.attention == "pallas"
+    assert plan.compile_training(config, description, topology).fits(topology)
+    sampling = plan.plan_sampling(config, description, topology)
+    assert sampling is not None and sampling["fits"]
+
+
+@pytest.mark.serial
+@pytest.mark.skipif(not HAS_TPU_COMPILER, reason="the TPU compiler, libtpu, is not installed (extra: plan)")
+def test_a_tpu_has_no_cudnn_and_takes_xla_by_itself():
+    half = dataclasses.replace(TINY.model, dtype="bfloat16")
+    _, description = plan.open_plan(dataclasses.replace(TINY, model=half), "v5e:2x2")
+    assert description.model.attention == "xla"
+    asked = dataclasses.replace(TINY, model=dataclasses.replace(half, attention="cudnn"))
+    with pytest.raises(UserError, match="'cudnn' needs an NVIDIA GPU.*not TPU v5"):
+        plan.open_plan(asked, "v5e:2x2")
 
 
 @pytest.mark.serial

@@ -72,6 +72,25 @@ def test_a_finished_run_has_everything(finished: Path):
         assert 0.0 <= low <= high and np.isfinite(method["frechet_distance"])
 
 
+def test_the_attention_is_recorded_with_the_run_and_among_the_conditions(finished: Path):
+    recorded = json.loads((finished / "environment.json").read_text())["attention"]
+    assert {place: record["name"] for place, record in recorded.items()} == {
+        "training on cpu": "xla",
+        "sampling on cpu": "xla",
+    }
+    (conditions,) = (finished / "eval" / "step_6").glob("*/conditions.json")
+    assert json.loads(conditions.read_text())["attention"] == "xla"
+    # A network may be used on other devices than it was trained on.
+    assert json.loads((finished / "model.json").read_text())["model"]["attention"] == "auto"
+
+
+def test_an_attention_that_this_machine_does_not_have_is_refused_before_anything(runs, tmp_path: Path):
+    half = "--config.model.dtype=bfloat16"
+    _, errors = runs.finish(tmp_path / "w", "--config.model.attention=cudnn", half, expect=2)
+    assert "model.attention = 'cudnn' needs an NVIDIA GPU" in errors and "Traceback" not in errors
+    assert not (tmp_path / "w").exists()
+
+
 def test_metrics_record_both_dropouts_and_loss_by_level(finished: Path):
     (last,) = [line for line in read_metrics(finished) if line["step"] == 6]
     assert {"dropped/label", "dropped/noise", "loss/noise_kept", "grad_norm", "learning_rate"} <= set(last)

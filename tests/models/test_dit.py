@@ -190,6 +190,7 @@ def test_wrong_input_shape_is_explained():
         ({"precision": "high"}, "model.precision.*'highest'"),
         ({"attention": "flash"}, "model.attention.*'cudnn'"),
         ({"attention": "cudnn"}, "bfloat16"),
+        ({"attention": "pallas", "dtype": "bfloat16"}, "multiple of 128 tokens, not 16"),
         ({"patch_size": 3}, "patch_size = 3.*8 x 8"),
         ({"hidden_size": 36, "num_heads": 8}, "multiple"),
         ({"depth": 0}, "at least 1"),

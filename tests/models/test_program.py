@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.extend.core import jaxprs_in_params
+from jax.interpreters import partial_eval
 
 from nag_jax.denoiser import NetworkFunction, from_network
 from nag_jax.diffusion.guidance import cfg, nag, plain
@@ -17,7 +18,7 @@ from nag_jax.diffusion.sampler import Sampler
 from nag_jax.diffusion.stepping import Euler
 from nag_jax.models.dit import ModelConfig, build_model, init_params
 
-SHAPE, CLASSES = (8, 8, 4), 5
+SHAPE, CLASSES = (16, 8, 4), 5
 HALF = ModelConfig(depth=3, hidden_size=64, num_heads=4, dtype="bfloat16")
 
 
@@ -129,6 +130,17 @@ def test_flash_attention_is_kept_where_the_policy_says_so(traceable_flash_attent
     backward = [name for name in names if name == "dot_product_attention_bwd_wrapper"]
     assert len(forward) == times * blocks_in_the_program
     assert len(backward) == blocks_in_the_program
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("dots_flash", 1), ("dots", 2), ("full", 2)])
+def test_pallas_attention_is_kept_where_the_policy_says_so(remat, times):
+    """Forward once or twice, backward once; patches of one pixel, for 128 tokens."""
+    model = network(attention="pallas", patch_size=1, remat=remat)
+    jaxpr = gradient_jaxpr(model)
+    # As the compiler does, without what nothing asks for.
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    kernels = [equation for equation in equations(used) if equation.primitive.name == "pallas_call"]
+    assert len(kernels) == times + 1
 
 
 @pytest.mark.parametrize(("remat", "repeated"), [("none", 0), ("dots", 0), ("dots_no_batch", 2), ("full", 7)])
