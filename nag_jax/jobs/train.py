@@ -262,7 +262,7 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
                 log_start, log_step, waited = time.perf_counter(), step, 0.0
 
             # Asked once: a signal that comes later in this round is seen in the next one, after a save.
-            is_stopped = stop.is_due(step)
+            is_stopped = stop.is_due()
             is_last = step == config.num_steps or is_stopped
             is_saved = step % config.checkpoint.every_steps == 0 or is_last
             is_evaluated = is_evaluation_due(config, step) and not is_last
@@ -303,7 +303,8 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
         }
         experiment.add_to_environment("training", parameters=counts)
         experiment.add_seconds(**seconds)
-    if stop:
+    # Asked once more, for a signal in the last round.
+    if stop.is_due():
         raise Stopped(stop, f"Stopped at step {int(state.step)}; saved. The same command goes on from there.")
     return state
 
