@@ -21,6 +21,7 @@ from nag_jax.data.images import to_float
 from nag_jax.data.latents import LatentSource, sample_states
 from nag_jax.data.sources import DataConfig, Source, load_example
 from nag_jax.errors import UserError
+from nag_jax.parallel import check_batch_size
 
 Batches: TypeAlias = Generator[dict[str, np.ndarray], None, None]
 AnySource: TypeAlias = Source | LatentSource
@@ -66,7 +67,7 @@ def make_batches(
     """
     import grain
 
-    check_batch_size(batch_size, process_count)
+    check_batch_size(batch_size, process_count, "the processes that read it")
     if seed < 0:
         raise UserError(f"the data seed is {seed}; it must be 0 or more")
     rows = batch_size // process_count
@@ -155,26 +156,6 @@ def eval_arrays(
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.asarray(batch["index"], jnp.uint32))
         states.append(sample_states(jnp.asarray(batch["moments"]), keys, source.latent.scaling_factor))
     return np.concatenate(states), labels
-
-
-def check_batch_size(batch_size: int, process_count: int) -> None:
-    """Refuse a batch that the processes cannot share equally.
-
-    Args:
-      batch_size: rows over all processes.
-      process_count: how many processes share them.
-
-    Raises:
-      UserError: with the nearest sizes that would do.
-    """
-    if batch_size >= 1 and batch_size % process_count == 0:
-        return
-    below = batch_size // process_count * process_count
-    sizes = [str(size) for size in (below, below + process_count) if size >= 1]
-    raise UserError(
-        f"batch_size {batch_size} cannot be shared equally by {process_count} process(es); "
-        f"it must be a positive multiple of {process_count}, such as {' or '.join(sizes)}"
-    )
 
 
 @dataclasses.dataclass(frozen=True)

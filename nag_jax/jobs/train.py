@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from nag_jax import loading, storage
 from nag_jax.checkpoint import Checkpoints
@@ -40,6 +41,7 @@ from nag_jax.models.dit import init_params
 from nag_jax.parallel import (
     batch_part,
     batch_sharding,
+    check_batch_size,
     init_sharded,
     param_shardings,
     place,
@@ -105,14 +107,41 @@ def open_run(config: Config, workdir: epath.Path) -> Experiment:
     if (workdir / CONFIG_FILE).exists():
         check_resume(from_config_dict(storage.read_json(workdir / CONFIG_FILE)), config)
     experiment = open_training(config, workdir)
-    batch_part(experiment.mesh, config.batch_size)  # refuses a batch that does not divide
+    check_batch(config, experiment.mesh)
+    check_start(config, workdir)
     check_weights(config)
+    step_function(config, experiment.description)  # refuses a network, an objective or a schedule that cannot be
     if (workdir / loading.MODEL_FILE).exists():
         check_same_network(experiment)
     if config.eval.methods:
         check_sampling(experiment, evaluate.make_methods(config), needs_data=evaluate.needs_data(config))
         check_judge(config)
     return experiment
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Refuses a batch of which a device would not have equally many rows in every micro-batch, in either mode."""
+    batch_part(mesh, config.batch_size)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    check_batch_size(
+        config.batch_size,
+        parts * config.optimizer.accumulation_steps,
+        "parallel.data x parallel.fsdp x optimizer.accumulation_steps",
+    )
+
+
+def check_start(config: Config, workdir: epath.Path) -> None:
+    """Refuses to go on from a step at which no dispatch begins."""
+    folder, together = workdir / "checkpoints", config.parallel.steps_per_dispatch
+    if together == 1 or not from_first(folder.exists):
+        return
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        step = checkpoints.latest_step() or 0
+    if step % together:
+        raise UserError(
+            f"The run stands at step {step}, no multiple of parallel.steps_per_dispatch = {together}. Make it a "
+            "divisor of the step."
+        )
 
 
 def check_weights(config: Config) -> None:
@@ -214,11 +243,6 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
     else:
         part, num_parts = batch_part(mesh, config.batch_size)
     first_step = int(state.step)
-    if first_step % together:
-        raise UserError(
-            f"The run stands at step {first_step}, no multiple of parallel.steps_per_dispatch = {together}. Make it a "
-            "divisor of the step."
-        )
     batches = make_batches(
         experiment.train_source,
         config.data,

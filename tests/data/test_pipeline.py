@@ -119,11 +119,11 @@ def test_worker_processes_keep_the_order(small: Source, config: DataConfig):
 
 
 def test_batch_that_cannot_be_shared_names_sizes_that_can(small: Source, config: DataConfig):
-    with pytest.raises(UserError, match=r"batch_size 10 .* 4 process.* 8 or 12"):
+    with pytest.raises(UserError, match=r"batch of 10 .* = 4.* 8 or 12"):
         make_batches(small, config, batch_size=10, seed=0, start_step=0, process_count=4)
     with pytest.raises(UserError, match="such as 4"):
         make_batches(small, config, batch_size=3, seed=0, start_step=0, process_count=4)
-    with pytest.raises(UserError, match="batch_size 0"):
+    with pytest.raises(UserError, match="batch of 0"):
         make_batches(small, config, batch_size=0, seed=0, start_step=0)
 
 

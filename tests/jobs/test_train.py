@@ -97,6 +97,24 @@ def test_another_configuration_is_refused_and_nothing_is_touched(finished: Path,
     assert (finished / "config.json").read_bytes() == config
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer__accumulation_steps": 3}, "batch of 16 .* optimizer.accumulation_steps = 3.* such as 15 or 18"),
+        ({"model__patch_size": 3}, "model.patch_size = 3 does not divide"),
+        ({"objective__learn_variance": True}, "objective.learn_variance needs"),
+        ({"optimizer__schedule": "cosine", "optimizer__warmup_steps": 500}, "optimizer.warmup_steps = 500 leaves none"),
+    ],
+)
+def test_what_the_step_would_refuse_is_refused_before_anything_is_written(
+    runs, tmp_path: Path, changes: dict[str, object], message: str
+):
+    config = tiny_config(batch_size=16, data__data_dir=str(runs.data_dir), **changes)
+    with pytest.raises(UserError, match=message):
+        train.run(config, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_interrupted_by_ctrl_c_sigterm_and_kill_it_ends_as_if_never_interrupted(runs, tmp_path: Path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     runs.finish(whole, *TRAIN_ONLY)
@@ -138,7 +156,8 @@ def tiny_config(**changes: object) -> Config:
     with config.unlocked():
         for key, value in changes.items():
             section, _, name = key.rpartition("__")
-            config[section][name] = value
+            target = config[section] if section else config
+            target[name] = value
     return from_config_dict(config)
 
 
@@ -197,6 +216,9 @@ def test_steps_that_run_together_are_the_same_steps_and_can_be_traced(finished: 
     assert list((tmp_path / "profile").rglob("*.xplane.pb")), "a trace was asked for"
     _, errors = runs.finish(tmp_path, "--config.parallel.steps_per_dispatch=4", expect=2)
     assert "num_steps = 6 and log.every_steps = 2" in errors and "multiple of it" in errors
+    longer = {"num_steps": 8, "log__every_steps": 4, "checkpoint__every_steps": 4, "parallel__steps_per_dispatch": 4}
+    with pytest.raises(UserError, match="stands at step 6, no multiple of parallel.steps_per_dispatch = 4"):
+        train.open_run(tiny_config(data__data_dir=str(runs.data_dir), **longer), epath.Path(tmp_path))
 
 
 @pytest.mark.parametrize("steps", [(3,), (4, 3), (0, 2)])
