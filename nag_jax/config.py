@@ -49,7 +49,8 @@ class LogConfig:
 
     Attributes:
         every_steps: training steps between two lines of metrics.jsonl.
-        profile_steps: (first, last) training step of a profiler trace in profile/; none by default.
+        profile_steps: (first, last) training step of a profiler trace in profile/; none by default. Steps that run
+            together (`parallel.steps_per_dispatch`) are traced together.
     """
 
     every_steps: int = 50

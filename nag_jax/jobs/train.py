@@ -255,7 +255,6 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
     writer = MetricWriter(workdir, first_step) if is_first() else None
     unread: list[Any] = []  # metrics of the steps since the last log step, still on the devices
     seconds = {"compile": 0.0, "training": 0.0, "waiting for data": 0.0}
-    profiler = StepProfiler(config.log.profile_steps, workdir)
     log_start, log_step, waited = time.perf_counter(), first_step, 0.0
 
     if first_step and is_evaluation_due(config, first_step):
@@ -264,11 +263,12 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
         log_start = time.perf_counter()
     with (
         contextlib.closing(batches),
+        StepProfiler(config.log.profile_steps, workdir) as profiler,
         stop_on_signals(at_one_step=True) as stop,
         progress("training", config.num_steps, first_step) as report_progress,
     ):
         for step in range(first_step + together, config.num_steps + 1, together):
-            profiler.before(step)
+            profiler.before(step - together + 1, step)
             asked = time.perf_counter()
             host_batches = [next(batches) for _ in range(together)]
             waited += time.perf_counter() - asked
@@ -315,7 +315,6 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
                 log_start = time.perf_counter()
             if is_stopped:
                 break
-    profiler.stop(metrics)
     with stage("saving the last checkpoint"):
         checkpoints.wait()
     if writer is not None:
