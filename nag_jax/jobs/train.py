@@ -33,6 +33,7 @@ from nag_jax.jobs.experiment import (
     config_digest,
     open_training,
 )
+from nag_jax.jobs.goodput import TRAINING, Goodput
 from nag_jax.jobs.interrupt import Stopped, stop_on_signals
 from nag_jax.jobs.profile import StepProfiler
 from nag_jax.jobs.results import check_judge
@@ -58,17 +59,25 @@ from nag_jax.training.state import TrainState, init_state
 from nag_jax.training.step import TrainStep, jit_train_step, make_train_step, pmap_train_step, several_steps
 
 PMAP_AXIS = "batch"
+# Where the time of a training process goes besides TRAINING and waiting for data.
+STARTING, COMPILING, SAVING, EVALUATING = "start", "compile", "logging and saving", "evaluation"
 CONFIG_FILE = "config.json"
 
 
-def run(config: Config, workdir: epath.Path) -> epath.Path:
+def run(config: Config, workdir: epath.Path, start: float | None = None) -> epath.Path:
     """Trains to `config.num_steps` and returns the path of the report.
+
+    Args:
+        config: the settings.
+        workdir: the work folder.
+        start: when the process began, in seconds of `time.perf_counter`, for goodput; now if None.
 
     Raises:
         UserError: see the message; nothing was written over.
         TrainingDivergedError: a loss was not finite.
         Stopped: Ctrl-C or SIGTERM; the state is saved.
     """
+    start = time.perf_counter() if start is None else start
     # 1. Everything is checked before anything is written.
     experiment = open_run(config, workdir)
 
@@ -82,16 +91,20 @@ def run(config: Config, workdir: epath.Path) -> epath.Path:
     check_shared(workdir / loading.MODEL_FILE)
 
     # 3. The state: born sharded, or restored bit for bit. 4. The loop.
-    with Checkpoints(
-        workdir / "checkpoints",
-        keep=config.checkpoint.keep,
-        keep_every_steps=config.checkpoint.keep_every_steps,
-    ) as checkpoints:
+    with (
+        Checkpoints(
+            workdir / "checkpoints",
+            keep=config.checkpoint.keep,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+        ) as checkpoints,
+        Goodput(start) as goodput,
+    ):
         state, shardings = make_state(experiment, checkpoints)
         first_step = int(state.step)
         if first_step and is_first():
             print(f"Going on at step {first_step} of {workdir}.", file=sys.stderr, flush=True)
-        state = train(experiment, checkpoints, state, shardings) if first_step < config.num_steps else state
+        if first_step < config.num_steps:
+            state = train(experiment, checkpoints, state, shardings, goodput)
 
     # 5. What the trained network does, and the report.
     return evaluate.evaluate_and_report(experiment, trained_network(experiment, state))
@@ -221,10 +234,11 @@ def make_state(experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainS
     return init_sharded(fresh, mesh, key)
 
 
-def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, shardings: Any) -> TrainState:
+def train(
+    experiment: Experiment, checkpoints: Checkpoints, state: TrainState, shardings: Any, goodput: Goodput
+) -> TrainState:
     """The training loop, from `state.step` to `config.num_steps`."""
     config, mesh, workdir = experiment.config, experiment.mesh, experiment.workdir
-    train_start = time.perf_counter()
     is_pmap, together = config.parallel.mode == "pmap", config.parallel.steps_per_dispatch
     function = step_function(config, experiment.description)
     if is_pmap:
@@ -252,15 +266,18 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
         process_index=part,
         process_count=num_parts,
     )
+    # Before the first step, so that a run that is killed or diverges says under which flags it did.
+    experiment.add_to_environment("training", parameters=count_parameters(state.params))
     writer = MetricWriter(workdir, first_step) if is_first() else None
     unread: list[Any] = []  # metrics of the steps since the last log step, still on the devices
-    seconds = {"compile": 0.0, "training": 0.0, "waiting for data": 0.0}
-    log_start, log_step, waited = time.perf_counter(), first_step, 0.0
+    metrics: Any = None
+    log_step = first_step
+    goodput.spend(STARTING)
 
     if first_step and is_evaluation_due(config, first_step):
         # The run may have been interrupted between its checkpoint and its evaluation; a finished one is read back.
         evaluate.evaluate(experiment, trained_network(experiment, state))
-        log_start = time.perf_counter()
+        goodput.spend(EVALUATING)
     with (
         contextlib.closing(batches),
         StepProfiler(config.log.profile_steps, workdir) as profiler,
@@ -269,9 +286,7 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
     ):
         for step in range(first_step + together, config.num_steps + 1, together):
             profiler.before(step - together + 1, step)
-            asked = time.perf_counter()
-            host_batches = [next(batches) for _ in range(together)]
-            waited += time.perf_counter() - asked
+            host_batches = goodput.read(lambda: [next(batches) for _ in range(together)], running=metrics)
             placed: list[Any] = []
             for batch in host_batches:
                 arrays = {name: rows for name, rows in batch.items() if name != "index"}
@@ -282,54 +297,58 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
 
             if step == first_step + together:
                 jax.block_until_ready(metrics)
-                seconds["compile"] = time.perf_counter() - log_start
-                log_start, log_step, waited = time.perf_counter(), step, 0.0
+                goodput.spend(COMPILING)
+                log_step = step
 
             # Asked once: a signal that comes later in this round is seen in the next one, after a save.
             is_stopped = stop.is_due()
             is_last = step == config.num_steps or is_stopped
             is_saved = step % config.checkpoint.every_steps == 0 or is_last
             is_evaluated = is_evaluation_due(config, step) and not is_last
-            if step % config.log.every_steps == 0 or is_saved or is_evaluated:
+            is_logged = step % config.log.every_steps == 0 or is_saved or is_evaluated
+            if is_logged:
                 # A state is saved only after every loss up to it was seen to be finite.
                 numbers = read_metrics(unread, last_step=step, checkpoints=checkpoints)
-                elapsed = time.perf_counter() - log_start
+                elapsed = goodput.spend(TRAINING)
                 if step > log_step:
                     numbers["examples_per_second"] = (step - log_step) * config.batch_size / elapsed
                 numbers["learning_rate"] = float(rate(step - 1))
-                seconds["training"] += elapsed - waited
-                seconds["waiting for data"] += waited
-                numbers["goodput"] = seconds["training"] / (time.perf_counter() - train_start)
+                numbers["goodput"] = goodput.value
                 if writer is not None:
                     writer.write(step, numbers)
                 report_progress(step, f"loss {numbers['loss']:.4f}")
                 unread = []
-                log_start, log_step, waited = time.perf_counter(), step, 0.0
+                log_step = step
             if is_saved:
                 if writer is not None:
                     writer.flush()
                 # Under pmap each process holds a state of its own, all alike; what is saved is one.
                 checkpoints.save(place(state, pmap_sharding(PMAP_AXIS)) if is_pmap else state)
+            if is_logged:
+                goodput.spend(SAVING)
             if is_evaluated:
                 evaluate.evaluate(experiment, trained_network(experiment, state))
-                log_start = time.perf_counter()
+                goodput.spend(EVALUATING)
             if is_stopped:
                 break
     with stage("saving the last checkpoint"):
         checkpoints.wait()
+    goodput.spend(SAVING)
     if writer is not None:
         writer.close()
-        network = {name: leaf for name, leaf in state.params.items() if name != NULL_NOISE_EMBEDDING}
-        counts = {
-            "network": sum(leaf.size for leaf in jax.tree.leaves(network)),
-            "null_noise_embedding": state.params[NULL_NOISE_EMBEDDING].size,
-        }
-        experiment.add_to_environment("training", parameters=counts)
-        experiment.add_seconds(**seconds)
+    # What evaluations took they add themselves.
+    experiment.add_seconds(**{name: each for name, each in goodput.seconds.items() if name != EVALUATING})
     # Asked once more, for a signal in the last round.
     if stop.is_due():
         raise Stopped(stop, f"Stopped at step {int(state.step)}; saved. The same command goes on from there.")
     return state
+
+
+def count_parameters(params: Any) -> dict[str, int]:
+    """How many parameters the network has without its null noise embedding, and how many that has."""
+    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
+    null_noise = counts.pop(NULL_NOISE_EMBEDDING)
+    return {"network": sum(counts.values()), "null_noise_embedding": null_noise}
 
 
 def is_evaluation_due(config: Config, step: int) -> bool:
