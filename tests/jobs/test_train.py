@@ -161,10 +161,15 @@ def tiny_config(**changes: object) -> Config:
     return from_config_dict(config)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(runs, tmp_path: Path):
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(
+    runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = tiny_config(optimizer__learning_rate=1e30, optimizer__clip_norm=0.0, data__data_dir=str(runs.data_dir))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     with pytest.raises(TrainingDivergedError, match=r"The \w+ of step \d+ is (nan|inf).*checkpoint"):
         train.run(config, epath.Path(tmp_path / "run"))
+    recorded = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert recorded["training"]["compiler_flags"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
     # Nothing that is not finite was saved.
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         for step in checkpoints.steps():
