@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import runpy
+import shutil
 import signal
 from pathlib import Path
 
@@ -159,6 +160,19 @@ def tiny_config(**changes: object) -> Config:
             target = config[section] if section else config
             target[name] = value
     return from_config_dict(config)
+
+
+def test_a_run_goes_on_with_steps_computed_in_another_way(finished: Path, runs, tmp_path: Path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    changes = {"model__remat": "full", "optimizer__accumulation_steps": 2}
+    train.run(tiny_config(data__data_dir=str(runs.data_dir), **changes), epath.Path(tmp_path / "run"))
+    expected, found = saved_arrays(finished, 6), saved_arrays(tmp_path / "run", 6)
+    assert expected.keys() == found.keys()
+    for path, values in expected.items():
+        np.testing.assert_allclose(found[path], values, rtol=1e-4, atol=1e-5, err_msg=path)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["model"]["remat"] == "full" and config["optimizer"]["accumulation_steps"] == 2
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(
