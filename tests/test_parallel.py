@@ -149,6 +149,7 @@ def test_eight_devices_compute_what_one_does(eight):
             np.testing.assert_allclose(eight[key][name], eight[key]["one"], rtol=2e-5, err_msg=f"{key} {name}")
         assert eight["params"][name] < 1e-4, name
     assert all(eight["count"].values())
+    assert [name for name, is_donated in eight["donated"].items() if not is_donated] == ["one"]
     assert eight["same_draws"]
     assert eight["local_rows"] == [0, 16]
 

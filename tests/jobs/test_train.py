@@ -233,8 +233,8 @@ def test_steps_that_run_together_are_the_same_steps_and_can_be_traced(finished: 
         if line["step"] != 4:  # whose line is of the steps 3 and 4 here, and of 4 alone there
             assert line["loss"] == pytest.approx(losses_by_step[line["step"]], rel=1e-5)
     assert list((tmp_path / "profile").rglob("*.xplane.pb")), "a trace was asked for"
-    _, errors = runs.finish(tmp_path, "--config.parallel.steps_per_dispatch=4", expect=2)
-    assert "num_steps = 6 and log.every_steps = 2" in errors and "multiple of it" in errors
+    with pytest.raises(UserError, match="num_steps = 6 and log.every_steps = 2 .* multiple of it"):
+        tiny_config(parallel__steps_per_dispatch=4)
     longer = {"num_steps": 8, "log__every_steps": 4, "checkpoint__every_steps": 4, "parallel__steps_per_dispatch": 4}
     with pytest.raises(UserError, match="stands at step 6, no multiple of parallel.steps_per_dispatch = 4"):
         train.open_run(tiny_config(data__data_dir=str(runs.data_dir), **longer), epath.Path(tmp_path))
