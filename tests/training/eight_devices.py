@@ -59,9 +59,7 @@ def host_work(text):
 
 def compiled_step(dtype, axes, together):
     """The compiled step, its mesh, and the state that it starts from."""
-    size = ModelConfig(
-        depth=2, hidden_size=64, num_heads=2, patch_size=4, scan_blocks=True, remat="dots", dtype=dtype
-    )
+    size = ModelConfig(depth=2, hidden_size=64, num_heads=2, patch_size=4, scan_blocks=True, remat="dots", dtype=dtype)
     model = build_model(size, input_shape=SHAPE, num_classes=3)
     denoiser = from_network(NetworkFunction(model), None, Linear(), num_classes=3, sample_shape=SHAPE)
     step = make_train_step(denoiser, OBJECTIVE, OPTIMIZER, {"ema": 0.9}, accumulation_steps=2)
