@@ -86,7 +86,7 @@ class Checkpoints:
                 max_to_keep=keep, keep_period=keep_every_steps or None, cleanup_tmp_directories=True
             )
         with _without_warnings() if read_only else contextlib.nullcontext():
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = _Manager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """Steps whose save is complete on disk, ascending."""
@@ -248,6 +248,18 @@ class Checkpoints:
                 f"A checkpoint could not be written to {self.directory} ({_first_line(error)}). Is the disk full? "
                 f"Complete checkpoints there: {kept}."
             ) from error
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but for its log lines on preemption.
+
+    For these it would ask JAX with the step's number, also from the background, and JAX knows one count of questions
+    only: that of `jobs/interrupt.py`, which would then miss the moment to stop.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether JAX says to stop at `step`; it is not asked."""
+        return False
 
 
 @contextlib.contextmanager

@@ -30,8 +30,16 @@ from nag_jax.training.optimizer import OptimizerConfig
 
 # Keys that decide what a training run computes: a work folder goes on only under the same ones.
 FIXED_ON_RESUME = ("model", "process", "objective", "data", "optimizer", "batch_size", "ema", "seed", "init_from")
-# Within them, what says only where the same things lie.
-FREE_ON_RESUME = ("data.data_dir", "data.vae", "data.latents")
+# Within them, what says only where the same things lie, or how the same step is computed: that changes rounding alone.
+# Neither dtype nor precision is among these: in bfloat16 it is another step.
+FREE_ON_RESUME = (
+    "data.data_dir",
+    "data.vae",
+    "data.latents",
+    "model.remat",
+    "model.attention",
+    "optimizer.accumulation_steps",
+)
 
 Section = TypeVar("Section")
 
@@ -49,7 +57,8 @@ class LogConfig:
 
     Attributes:
         every_steps: training steps between two lines of metrics.jsonl.
-        profile_steps: (first, last) training step of a profiler trace in profile/; none by default.
+        profile_steps: (first, last) training step of a profiler trace in profile/; none by default. Steps that run
+            together (`parallel.steps_per_dispatch`) are traced together.
     """
 
     every_steps: int = 50
@@ -363,7 +372,8 @@ def choose_options(options: str, known: Sequence[str], exclusive: Sequence[Seque
 def check_resume(stored: Config, current: Config) -> None:
     """Raises UserError if a work folder written under `stored` cannot go on under `current`, naming the keys.
 
-    The keys in FIXED_ON_RESUME must be equal. `num_steps` may grow under a constant schedule.
+    The keys in FIXED_ON_RESUME must be equal, but for those in FREE_ON_RESUME. `num_steps` may grow under a constant
+    schedule.
     """
     before, now = dict(key_paths(to_dict(stored))), dict(key_paths(to_dict(current)))
     differing = [

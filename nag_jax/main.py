@@ -26,6 +26,7 @@ import difflib
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ from nag_jax.errors import NagJaxError, UserError
 if TYPE_CHECKING:
     from nag_jax.config import Config
 
+STARTED = time.perf_counter()  # of this process, up to some imports
 DEFAULT_CONFIG = "configs/digits.py"
 MODES = ("train", "sample", "evaluate", "noise_shift", "compare", "plan", "encode")
 
@@ -136,7 +138,7 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(to_dict(config), indent=2))
         print(describe_experiment(experiment, MODE.value, methods, needs_data=needs_data))
     elif is_training:
-        print(f"report: {train.run(config, workdir)}", flush=True)
+        print(f"report: {train.run(config, workdir, STARTED)}", flush=True)
     elif MODE.value == "evaluate":
         print(f"report: {evaluate.run(config, workdir, checkpoint)}", flush=True)
     else:

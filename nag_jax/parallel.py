@@ -321,12 +321,15 @@ def split_batch(host_batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def check_batch_size(batch_size: int, parts: int, what: str) -> None:
-    """Raises UserError unless `batch_size` is a positive multiple of `parts`."""
-    if batch_size < 1 or batch_size % parts:
-        raise UserError(
-            f"A batch of {batch_size} examples does not split evenly over {what} = {parts}. "
-            f"Set batch_size to a multiple of {parts}."
-        )
+    """Raises UserError, with the nearest sizes that would do, unless `batch_size` is a positive multiple of `parts`."""
+    if batch_size >= 1 and batch_size % parts == 0:
+        return
+    below = batch_size // parts * parts
+    sizes = [str(size) for size in (below, below + parts) if size >= 1]
+    raise UserError(
+        f"A batch of {batch_size} examples does not split evenly over {what} = {parts}. "
+        f"Set batch_size to a multiple of {parts}, such as {' or '.join(sizes)}."
+    )
 
 
 def place(tree: Any, shardings: Any) -> Any:

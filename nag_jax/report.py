@@ -76,7 +76,7 @@ def write_report(workdir: epath.PathLike, evaluation: epath.PathLike | None = No
         _distances(shown),
         _shift(shown),
         _training(lines),
-        _cost(shown, environment),
+        _cost(shown, environment, lines),
         _settings(config, environment, shown),
     ]
     storage.write_bytes(workdir / "report.html", document(title, sections).encode())
@@ -323,7 +323,7 @@ def _training(lines: Sequence[Json]) -> Html:
     return section("Training", side_by_side(curve, by_level))
 
 
-def _cost(evaluation: Evaluation | None, environment: Json) -> Html:
+def _cost(evaluation: Evaluation | None, environment: Json, lines: Sequence[Json]) -> Html:
     parts = []
     if evaluation:
         methods = evaluation.metrics["methods"]
@@ -346,7 +346,21 @@ def _cost(evaluation: Evaluation | None, environment: Json) -> Html:
         devices = [record["device"] for record in _stages(environment).values() if record.get("device")]
         caption = f"Wall time on {' and '.join(dict.fromkeys(devices)) or 'an unnamed device'}"
         parts.append(table(["stage", "seconds"], rows, caption=caption, foot=total, numeric=(1,)))
-    return section("Cost", side_by_side(*parts) if parts else _missing("Not measured yet."))
+    shown = [side_by_side(*parts)] if parts else []
+    shown += [paragraph(_speed(line), "note soft") for line in lines if line.get("examples_per_second")][-1:]
+    return section("Cost", *(shown or [_missing("Not measured yet.")]))
+
+
+def _speed(line: Json) -> str:
+    """How fast a line of metrics.jsonl says that training was."""
+    speed = f"Training up to step {_count(line['step'])}: {number(line['examples_per_second'])} examples a second."
+    goodput = line.get("goodput")
+    if goodput is None:
+        return speed
+    return (
+        f"{speed} Goodput {goodput:.0%}: so much of the wall time of that process, from its start on, went into "
+        "training steps; the rest into starting, compiling, waiting for data, saving and evaluating."
+    )
 
 
 def _settings(config: Json, environment: Json, evaluation: Evaluation | None) -> Html:

@@ -113,7 +113,9 @@ class Mode:
     def run(self, first, last):
         metrics = []
         for s in range(first, last):
-            self.state, values = self.step(self.state, self.place(batch_of(s)), KEY)
+            before = self.state
+            self.state, values = self.step(before, self.place(batch_of(s)), KEY)
+            self.is_donated = all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
             metrics.append(on_host(values))
         return metrics
 
@@ -152,6 +154,7 @@ def main(folder):
     metrics = {name: mode.run(0, 3) for name, mode in modes.items()}
     for key in ("loss", "grad_norm"):
         report[key] = {name: [float(m[key]) for m in values] for name, values in metrics.items()}
+    report["donated"] = {name: mode.is_donated for name, mode in modes.items()}
     report["count"] = {
         name: all(
             np.array_equal(a["buckets"]["count"], b["buckets"]["count"])

@@ -241,6 +241,11 @@ def test_resume_refuses_differing_keys_and_allows_the_rest():
     check_resume(config, dataclasses.replace(config, num_steps=5000))
     check_resume(config, dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, num_steps=7)))
     check_resume(config, dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir="elsewhere")))
+    check_resume(config, dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full")))
+    accumulating = dataclasses.replace(config.optimizer, accumulation_steps=2)
+    check_resume(config, dataclasses.replace(config, optimizer=accumulating))
+    with pytest.raises(UserError, match="model.dtype was 'float32', is 'bfloat16'"):
+        check_resume(config, dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")))
     with pytest.raises(UserError, match="num_steps was 1000, is 500"):
         check_resume(config, dataclasses.replace(config, num_steps=500))
     changed = dataclasses.replace(config, seed=3, model=dataclasses.replace(config.model, depth=9))

@@ -91,9 +91,9 @@ def test_impossible_settings():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="batch of 10 examples.* = 4.*multiple of 4"):
+    with pytest.raises(UserError, match="batch of 10 examples.* = 4.*multiple of 4, such as 8 or 12"):
         parallel.check_batch_size(10, 4, "devices")
-    with pytest.raises(UserError, match="batch of 0"):
+    with pytest.raises(UserError, match="batch of 0.*such as 4\\."):
         parallel.check_batch_size(0, 4, "devices")
 
 
@@ -155,6 +155,7 @@ def test_eight_devices_compute_what_one_does(eight):
             np.testing.assert_allclose(eight[key][name], eight[key]["one"], rtol=2e-5, err_msg=f"{key} {name}")
         assert eight["params"][name] < 1e-4, name
     assert all(eight["count"].values())
+    assert [name for name, is_donated in eight["donated"].items() if not is_donated] == ["one"]
     assert eight["same_draws"]
     assert eight["local_rows"] == [0, 16]
 

@@ -311,6 +311,17 @@ def test_every_stage_has_its_command(workdir: Path) -> None:
     assert "git checkout bbbb evaluate it" in reproduce(evaluation=evaluation)
 
 
+def test_speed_and_goodput_are_those_of_the_last_line_that_has_them(workdir: Path) -> None:
+    assert "Goodput" not in read(workdir)[1].text
+    speeds = [(1, {"examples_per_second": 10.0}), (2, {"examples_per_second": 1234.5, "goodput": 0.832}), (3, {})]
+    lines = [make_lines()[-1] | {"step": 400 + after} | speed for after, speed in speeds]
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.writelines(storage.json.dumps(line) + "\n" for line in lines)
+    text = read(workdir)[1].text
+    assert "Training up to step 402: 1,234 examples a second. Goodput 83%:" in text
+    assert text.count("examples a second") == 1
+
+
 def test_estimator_calls_are_a_cost(workdir: Path) -> None:
     assert "estimator calls" not in read(workdir)[1].text
     metrics = make_metrics(DISTANCES)

@@ -2,7 +2,7 @@
 
 Rows [sB, (s+1)B) of an endless sequence, the epochs' permutations one after the other, are batch s; process p
 of P reads the p-th of its P equal parts. So the position in the data *is* the training step: a run resumes at
-any step, with any number of processes or workers, and nothing about the data need be saved.
+any step, with any number of processes, and nothing about the data need be saved.
 
 A source holds images or latents; a batch has "image" or "moments" accordingly, and all else is the same.
 """
@@ -21,11 +21,12 @@ from nag_jax.data.images import to_float
 from nag_jax.data.latents import LatentSource, sample_states
 from nag_jax.data.sources import DataConfig, Source, load_example
 from nag_jax.errors import UserError
+from nag_jax.parallel import check_batch_size
 
 Batches: TypeAlias = Generator[dict[str, np.ndarray], None, None]
 AnySource: TypeAlias = Source | LatentSource
 
-# Batches read ahead, in each process or worker: enough to hide a slow read, few enough for 256-pixel batches
+# Batches read ahead, each by a thread of its own: enough to hide a slow read, few enough for 256-pixel batches
 # in memory.
 READ_AHEAD = 4
 
@@ -42,7 +43,6 @@ def make_batches(
     start_step: int,
     process_index: int = 0,
     process_count: int = 1,
-    num_workers: int = 0,
 ) -> Batches:
     """The endless training batches from `start_step` on; this process's rows of each.
 
@@ -53,8 +53,6 @@ def make_batches(
       seed: >= 0; with the epoch's number it keys the epoch's permutation and each record's mirroring.
       start_step: the step of the first batch; starting late costs nothing.
       process_index, process_count: this process, and of how many; each reads B / process_count rows.
-      num_workers: reading processes, 0 for threads in this one. The order does not depend on it. With
-        workers, the program's entry must be guarded by `if __name__ == "__main__"`.
 
     Returns:
       An iterator of {"image": float32 [B_local, H, W, C] in [-1, 1], "label": int32 [B_local], "index": int64
@@ -66,7 +64,7 @@ def make_batches(
     """
     import grain
 
-    check_batch_size(batch_size, process_count)
+    check_batch_size(batch_size, process_count, "the processes that read it")
     if seed < 0:
         raise UserError(f"the data seed is {seed}; it must be 0 or more")
     rows = batch_size // process_count
@@ -79,7 +77,7 @@ def make_batches(
         rows=rows,
     )
     steps = grain.MapDataset.range(start_step, sys.maxsize)
-    return _read_ahead(steps.map(read_batch), num_workers)
+    return _read_ahead(steps.map(read_batch))
 
 
 def ordered_batches(
@@ -120,7 +118,7 @@ def batches_of(source: AnySource, config: DataConfig, ranges: Sequence[range]) -
     import grain
 
     numbers = grain.MapDataset.range(len(ranges))
-    return _read_ahead(numbers.map(_ReadRange(source, config, ranges)), num_workers=0)
+    return _read_ahead(numbers.map(_ReadRange(source, config, ranges)))
 
 
 def parts_of(records: range, size: int) -> list[range]:
@@ -157,29 +155,9 @@ def eval_arrays(
     return np.concatenate(states), labels
 
 
-def check_batch_size(batch_size: int, process_count: int) -> None:
-    """Refuse a batch that the processes cannot share equally.
-
-    Args:
-      batch_size: rows over all processes.
-      process_count: how many processes share them.
-
-    Raises:
-      UserError: with the nearest sizes that would do.
-    """
-    if batch_size >= 1 and batch_size % process_count == 0:
-        return
-    below = batch_size // process_count * process_count
-    sizes = [str(size) for size in (below, below + process_count) if size >= 1]
-    raise UserError(
-        f"batch_size {batch_size} cannot be shared equally by {process_count} process(es); "
-        f"it must be a positive multiple of {process_count}, such as {' or '.join(sizes)}"
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class _ReadTrainingBatch:
-    """Step -> this process's part of the batch; picklable, so that workers can hold it."""
+    """Step -> this process's part of the batch."""
 
     source: AnySource
     config: DataConfig
@@ -232,26 +210,13 @@ def _read_records(
     return {"image": to_float(pixels), "label": labels, "index": index}
 
 
-def _read_ahead(batches: Any, num_workers: int) -> Batches:
-    """Iterate over a grain MapDataset of batches while threads, or worker processes, read the later ones."""
+def _read_ahead(batches: Any) -> Batches:
+    """Iterate over a grain MapDataset of batches while threads read the later ones."""
     import grain
 
     options = grain.ReadOptions(num_threads=READ_AHEAD, prefetch_buffer_size=READ_AHEAD)
-    reads = batches.to_iter_dataset(options)
-    if num_workers:
-        _accept_flag_defaults()
-        workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
-        reads = reads.mp_prefetch(workers)
-    iterator = iter(reads)
+    iterator = iter(batches.to_iter_dataset(options))
     try:
         yield from iterator
     finally:
         iterator.close()
-
-
-def _accept_flag_defaults() -> None:
-    """grain hands absl's flags to its workers, so they must count as parsed, also in a notebook."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()

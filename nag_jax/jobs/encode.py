@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from nag_jax import storage
 from nag_jax.autoencoder import Autoencoder, read_autoencoder
 from nag_jax.config import Config
 from nag_jax.data import latent_shards
@@ -23,6 +24,7 @@ from nag_jax.data.pipeline import batches_of, parts_of
 from nag_jax.data.sources import DataConfig, Source, open_source
 from nag_jax.errors import UserError
 from nag_jax.hosts import check_shared, is_first, wait_for_all
+from nag_jax.jobs.experiment import ENVIRONMENT_FILE, environment
 from nag_jax.jobs.interrupt import Stopped, StopRequest, stop_on_signals
 from nag_jax.parallel import local_sharding
 from nag_jax.progress import progress
@@ -68,6 +70,7 @@ def run(config: Config) -> str:
         for work in works:
             if is_first():
                 latent_shards.begin(work.folder, work.encoding)
+                record_environment(work)
             check_shared(work.folder / latent_shards.ENCODING_FILE)
             done = encode_shards(work, config.data, autoencoder, stop, process_index, process_count)
             print(done, file=sys.stderr, flush=True)
@@ -76,6 +79,13 @@ def run(config: Config) -> str:
                 latent_shards.finish(work.folder, work.encoding)
     wait_for_all("finish")
     return config.data.latents
+
+
+def record_environment(work: Work) -> None:
+    """Writes environment.json beside latents that are to be made: versions, device and compiler flags."""
+    encoding = work.encoding
+    if latent_shards.unfinished_shards(work.folder, encoding, range(encoding.num_shards)):
+        storage.write_json(work.folder / ENVIRONMENT_FILE, environment())
 
 
 def describe(config: Config) -> str:

@@ -21,7 +21,7 @@ from nag_jax.feature_nets import load_feature_net
 from nag_jax.figures import sample_grid
 from nag_jax.hosts import is_first
 from nag_jax.jobs import results
-from nag_jax.jobs.experiment import commit, environment
+from nag_jax.jobs.experiment import commit, compiler_flags, environment
 from nag_jax.jobs.image_features import extract
 from nag_jax.jobs.scores import check_statistics, measure, open_reference, real_side
 from nag_jax.metrics.curve_figure import curve_figure
@@ -139,6 +139,7 @@ def make_conditions(
         "inception_score_order": config.eval.inception_score_order,
         "seed": config.eval.seed,
         "device": jax.devices()[0].device_kind,
+        "compiler_flags": compiler_flags(),
         "checkpoint": f"{sample_set.path} against {reference}",
         "commit": commit(),
     }

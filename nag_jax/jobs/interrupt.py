@@ -22,13 +22,17 @@ class StopRequest:
     def __init__(self, is_agreed: bool = False) -> None:
         self.signal: signal.Signals | None = None
         self.is_agreed = is_agreed
+        self.rounds = 0
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    def is_due(self, step: int) -> bool:
-        """Whether to stop after `step`; asked after every step. True on all processes after the same one."""
-        if self.is_agreed and multihost_utils.reached_preemption_sync_point(step):
+    def is_due(self) -> bool:
+        """Whether to stop now; asked once a round of the job's loop. True on all processes in the same round."""
+        # JAX stops at one more than the largest number that a process asked with, 0 where none has asked yet, and only
+        # when it is asked with that very number. So rounds are counted, not steps: they begin at 1 and leave none out.
+        self.rounds += 1
+        if self.is_agreed and multihost_utils.reached_preemption_sync_point(self.rounds):
             self.signal = signal.SIGTERM
         return bool(self)
 
@@ -48,8 +52,8 @@ def stop_on_signals(*, at_one_step: bool = False) -> Iterator[StopRequest]:
 
     Args:
         at_one_step: several processes stop together, whichever got the signal: the job asks `StopRequest.is_due`. JAX
-            takes SIGTERM then (see `hosts.start`), tells the others and finds a step that none has passed; Ctrl-C is
-            handed on as SIGTERM. Otherwise each process stops for itself.
+            takes SIGTERM then (see `hosts.start`), tells the others and finds a round that none has passed; Ctrl-C is
+            handed on as SIGTERM, and a second Ctrl-C ends the process. Otherwise each process stops for itself.
     """
     request = StopRequest(is_agreed=at_one_step and jax.process_count() > 1)
     previous: dict[signal.Signals, Any] = {}
@@ -57,8 +61,10 @@ def stop_on_signals(*, at_one_step: bool = False) -> Iterator[StopRequest]:
     def handle(number: int, frame: object) -> None:
         if request.is_agreed:
             os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            request.signal = signal.Signals(number)
+            # Python's own handler would wait for the end of a computation, and that for a host which may hang.
+            signal.signal(number, signal.SIG_DFL)
+            return
+        request.signal = signal.Signals(number)
         for each, handler in previous.items():
             signal.signal(each, handler)
 

@@ -2,47 +2,60 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
-from nag_jax.errors import UserError
+from nag_jax import storage
 from nag_jax.hosts import is_first
 
 
 class StepProfiler:
-    """Traces the steps first, ..., last into WORKDIR/profile, on the first process.
+    """Traces the steps first, ..., last into WORKDIR/profile, on the first process; a context manager.
+
+    The profiler writes to a local folder alone, so the trace is made in a temporary one and copied when it is complete.
 
     Args:
         steps: (first, last), or nothing for no trace. The first step of a run compiles and is better left out.
-        workdir: the work folder, a local one.
-
-    Raises:
-        UserError: the folder is on an object store, where the profiler does not write.
+        workdir: the work folder, local or remote.
     """
 
     def __init__(self, steps: tuple[int, ...], workdir: epath.Path) -> None:
         self.steps = steps if is_first() else ()
         self.folder = workdir / "profile"
-        self.is_tracing = False
-        if self.steps and "://" in str(workdir):
-            raise UserError(f"log.profile_steps writes a trace, and {workdir} is no local folder. Leave it empty.")
+        self.traced_to: Path | None = None  # while a trace is being made
 
-    def before(self, step: int) -> None:
-        """To be called before `step` begins."""
-        if self.steps and not self.is_tracing and self.steps[0] <= step <= self.steps[1]:
-            jax.profiler.start_trace(str(self.folder))
-            self.is_tracing = True
+    def __enter__(self) -> StepProfiler:
+        return self
 
-    def after(self, step: int, results: Any) -> None:
-        """To be called after `step` was dispatched; `results` are arrays that it makes."""
-        if self.is_tracing and step >= self.steps[1]:
-            self.stop(results)
+    def __exit__(self, *_: object) -> None:
+        self._stop()
 
-    def stop(self, results: Any = None) -> None:
-        """Ends a trace that is being made, once `results` are there."""
-        if self.is_tracing:
+    def before(self, first: int, last: int) -> None:
+        """To be called before the steps first, ..., last are dispatched together."""
+        if self.steps and self.traced_to is None and first <= self.steps[1] and last >= self.steps[0]:
+            self.traced_to = Path(tempfile.mkdtemp(prefix="nag_jax_profile_"))
+            jax.profiler.start_trace(str(self.traced_to))
+
+    def after(self, last: int, results: Any) -> None:
+        """To be called after the steps up to `last` were dispatched; `results` are arrays that they make."""
+        if self.traced_to is not None and last >= self.steps[1]:
             jax.block_until_ready(results)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.traced_to is None:
+            return
+        traced_to, self.traced_to = self.traced_to, None
+        try:
             jax.profiler.stop_trace()
-            self.is_tracing = False
+            for file in traced_to.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as source, storage.whole_file(self.folder / file.relative_to(traced_to)) as to:
+                        shutil.copyfileobj(source, to)
+        finally:
+            shutil.rmtree(traced_to)

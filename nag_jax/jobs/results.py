@@ -23,7 +23,7 @@ from nag_jax.hosts import check_shared, from_first, is_first, wait_for_all
 from nag_jax.jobs import features
 from nag_jax.jobs.drawing import SHOWN_PER_CLASS, Drawn, images, sample_labels, sampled_network
 from nag_jax.jobs.estimators import Measuring
-from nag_jax.jobs.experiment import Experiment, TrainedNetwork, commit, config_digest
+from nag_jax.jobs.experiment import Experiment, TrainedNetwork, commit, compiler_flags, config_digest
 from nag_jax.jobs.image_features import extract
 from nag_jax.jobs.methods import Method
 from nag_jax.jobs.scores import (
@@ -48,8 +48,9 @@ from nag_jax.params_hash import params_hash
 BLOCKS = "blocks"  # what is drawn already, in a result's folder until its last file is written
 MAX_BOOTSTRAP_DIMENSION = 512
 
-# What stands among the conditions for information alone: it does not change a number that the others leave equal.
-INFORMATION = ("checkpoint", "config", "commit", "earlier_commits", "batch_size")
+# What stands among the conditions for information alone: but for rounding it changes no number that the others leave
+# equal.
+INFORMATION = ("checkpoint", "config", "commit", "earlier_commits", "batch_size", "compiler_flags")
 
 
 def sampling_conditions(
@@ -75,6 +76,7 @@ def sampling_conditions(
         "precision": model.precision,
         "attention": model.attention,
         "device": jax.devices()[0].device_kind,
+        "compiler_flags": compiler_flags(),
         "vae": {"name": vae.name, "fingerprint": vae.fingerprint} if vae else None,
         "checkpoint": str(experiment.network_folder),
         "config": config_digest(config),

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from nag_jax import loading, storage
 from nag_jax.checkpoint import Checkpoints
@@ -33,6 +34,7 @@ from nag_jax.jobs.experiment import (
     config_digest,
     open_training,
 )
+from nag_jax.jobs.goodput import TRAINING, Goodput
 from nag_jax.jobs.interrupt import Stopped, stop_on_signals
 from nag_jax.jobs.profile import StepProfiler
 from nag_jax.jobs.results import check_judge
@@ -41,6 +43,7 @@ from nag_jax.models.dit import init_params
 from nag_jax.parallel import (
     batch_part,
     batch_sharding,
+    check_batch_size,
     init_sharded,
     param_shardings,
     place,
@@ -57,17 +60,25 @@ from nag_jax.training.state import TrainState, init_state
 from nag_jax.training.step import TrainStep, jit_train_step, make_train_step, pmap_train_step, several_steps
 
 PMAP_AXIS = "batch"
+# Where the time of a training process goes besides TRAINING and waiting for data.
+STARTING, COMPILING, SAVING, EVALUATING = "start", "compile", "logging and saving", "evaluation"
 CONFIG_FILE = "config.json"
 
 
-def run(config: Config, workdir: epath.Path) -> epath.Path:
+def run(config: Config, workdir: epath.Path, start: float | None = None) -> epath.Path:
     """Trains to `config.num_steps` and returns the path of the report.
+
+    Args:
+        config: the settings.
+        workdir: the work folder.
+        start: when the process began, in seconds of `time.perf_counter`, for goodput; now if None.
 
     Raises:
         UserError: see the message; nothing was written over.
         TrainingDivergedError: a loss was not finite.
         Stopped: Ctrl-C or SIGTERM; the state is saved.
     """
+    start = time.perf_counter() if start is None else start
     # 1. Everything is checked before anything is written.
     experiment = open_run(config, workdir)
 
@@ -81,16 +92,20 @@ def run(config: Config, workdir: epath.Path) -> epath.Path:
     check_shared(workdir / loading.MODEL_FILE)
 
     # 3. The state: born sharded, or restored bit for bit. 4. The loop.
-    with Checkpoints(
-        workdir / "checkpoints",
-        keep=config.checkpoint.keep,
-        keep_every_steps=config.checkpoint.keep_every_steps,
-    ) as checkpoints:
+    with (
+        Checkpoints(
+            workdir / "checkpoints",
+            keep=config.checkpoint.keep,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+        ) as checkpoints,
+        Goodput(start) as goodput,
+    ):
         state, shardings = make_state(experiment, checkpoints)
         first_step = int(state.step)
         if first_step and is_first():
             print(f"Going on at step {first_step} of {workdir}.", file=sys.stderr, flush=True)
-        state = train(experiment, checkpoints, state, shardings) if first_step < config.num_steps else state
+        if first_step < config.num_steps:
+            state = train(experiment, checkpoints, state, shardings, goodput)
 
     # 5. What the trained network does, and the report.
     return evaluate.evaluate_and_report(experiment, trained_network(experiment, state))
@@ -106,14 +121,41 @@ def open_run(config: Config, workdir: epath.Path) -> Experiment:
     if (workdir / CONFIG_FILE).exists():
         check_resume(from_config_dict(storage.read_json(workdir / CONFIG_FILE)), config)
     experiment = open_training(config, workdir)
-    batch_part(experiment.mesh, config.batch_size)  # refuses a batch that does not divide
+    check_batch(config, experiment.mesh)
+    check_start(config, workdir)
     check_weights(config)
+    step_function(config, experiment.description)  # refuses a network, an objective or a schedule that cannot be
     if (workdir / loading.MODEL_FILE).exists():
         check_same_network(experiment)
     if config.eval.methods:
         check_sampling(experiment, evaluate.make_methods(config), needs_data=evaluate.needs_data(config))
         check_judge(config)
     return experiment
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Refuses a batch of which a device would not have equally many rows in every micro-batch, in either mode."""
+    batch_part(mesh, config.batch_size)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    check_batch_size(
+        config.batch_size,
+        parts * config.optimizer.accumulation_steps,
+        "parallel.data x parallel.fsdp x optimizer.accumulation_steps",
+    )
+
+
+def check_start(config: Config, workdir: epath.Path) -> None:
+    """Refuses to go on from a step at which no dispatch begins."""
+    folder, together = workdir / "checkpoints", config.parallel.steps_per_dispatch
+    if together == 1 or not from_first(folder.exists):
+        return
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        step = checkpoints.latest_step() or 0
+    if step % together:
+        raise UserError(
+            f"The run stands at step {step}, no multiple of parallel.steps_per_dispatch = {together}. Make it a "
+            "divisor of the step."
+        )
 
 
 def check_weights(config: Config) -> None:
@@ -193,10 +235,11 @@ def make_state(experiment: Experiment, checkpoints: Checkpoints) -> tuple[TrainS
     return init_sharded(fresh, mesh, key)
 
 
-def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, shardings: Any) -> TrainState:
+def train(
+    experiment: Experiment, checkpoints: Checkpoints, state: TrainState, shardings: Any, goodput: Goodput
+) -> TrainState:
     """The training loop, from `state.step` to `config.num_steps`."""
     config, mesh, workdir = experiment.config, experiment.mesh, experiment.workdir
-    train_start = time.perf_counter()
     is_pmap, together = config.parallel.mode == "pmap", config.parallel.steps_per_dispatch
     rows = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulation_steps)
     function = step_function(config, settled(experiment, "training", rows=rows))
@@ -216,11 +259,6 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
     else:
         part, num_parts = batch_part(mesh, config.batch_size)
     first_step = int(state.step)
-    if first_step % together:
-        raise UserError(
-            f"The run stands at step {first_step}, no multiple of parallel.steps_per_dispatch = {together}. Make it a "
-            "divisor of the step."
-        )
     batches = make_batches(
         experiment.train_source,
         config.data,
@@ -230,26 +268,27 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
         process_index=part,
         process_count=num_parts,
     )
+    # Before the first step, so that a run that is killed or diverges says under which flags it did.
+    experiment.add_to_environment("training", parameters=count_parameters(state.params))
     writer = MetricWriter(workdir, first_step) if is_first() else None
     unread: list[Any] = []  # metrics of the steps since the last log step, still on the devices
-    seconds = {"compile": 0.0, "training": 0.0, "waiting for data": 0.0}
-    profiler = StepProfiler(config.log.profile_steps, workdir)
-    log_start, log_step, waited = time.perf_counter(), first_step, 0.0
+    metrics: Any = None
+    log_step = first_step
+    goodput.spend(STARTING)
 
     if first_step and is_evaluation_due(config, first_step):
         # The run may have been interrupted between its checkpoint and its evaluation; a finished one is read back.
         evaluate.evaluate(experiment, trained_network(experiment, state))
-        log_start = time.perf_counter()
+        goodput.spend(EVALUATING)
     with (
         contextlib.closing(batches),
+        StepProfiler(config.log.profile_steps, workdir) as profiler,
         stop_on_signals(at_one_step=True) as stop,
         progress("training", config.num_steps, first_step) as report_progress,
     ):
         for step in range(first_step + together, config.num_steps + 1, together):
-            profiler.before(step)
-            asked = time.perf_counter()
-            host_batches = [next(batches) for _ in range(together)]
-            waited += time.perf_counter() - asked
+            profiler.before(step - together + 1, step)
+            host_batches = goodput.read(lambda: [next(batches) for _ in range(together)], running=metrics)
             placed: list[Any] = []
             for batch in host_batches:
                 arrays = {name: rows for name, rows in batch.items() if name != "index"}
@@ -260,54 +299,58 @@ def train(experiment: Experiment, checkpoints: Checkpoints, state: TrainState, s
 
             if step == first_step + together:
                 jax.block_until_ready(metrics)
-                seconds["compile"] = time.perf_counter() - log_start
-                log_start, log_step, waited = time.perf_counter(), step, 0.0
+                goodput.spend(COMPILING)
+                log_step = step
 
             # Asked once: a signal that comes later in this round is seen in the next one, after a save.
-            is_stopped = stop.is_due(step)
+            is_stopped = stop.is_due()
             is_last = step == config.num_steps or is_stopped
             is_saved = step % config.checkpoint.every_steps == 0 or is_last
             is_evaluated = is_evaluation_due(config, step) and not is_last
-            if step % config.log.every_steps == 0 or is_saved or is_evaluated:
+            is_logged = step % config.log.every_steps == 0 or is_saved or is_evaluated
+            if is_logged:
                 # A state is saved only after every loss up to it was seen to be finite.
                 numbers = read_metrics(unread, last_step=step, checkpoints=checkpoints)
-                elapsed = time.perf_counter() - log_start
+                elapsed = goodput.spend(TRAINING)
                 if step > log_step:
                     numbers["examples_per_second"] = (step - log_step) * config.batch_size / elapsed
                 numbers["learning_rate"] = float(rate(step - 1))
-                seconds["training"] += elapsed - waited
-                seconds["waiting for data"] += waited
-                numbers["goodput"] = seconds["training"] / (time.perf_counter() - train_start)
+                numbers["goodput"] = goodput.value
                 if writer is not None:
                     writer.write(step, numbers)
                 report_progress(step, f"loss {numbers['loss']:.4f}")
                 unread = []
-                log_start, log_step, waited = time.perf_counter(), step, 0.0
+                log_step = step
             if is_saved:
                 if writer is not None:
                     writer.flush()
                 # Under pmap each process holds a state of its own, all alike; what is saved is one.
                 checkpoints.save(place(state, pmap_sharding(PMAP_AXIS)) if is_pmap else state)
+            if is_logged:
+                goodput.spend(SAVING)
             if is_evaluated:
                 evaluate.evaluate(experiment, trained_network(experiment, state))
-                log_start = time.perf_counter()
+                goodput.spend(EVALUATING)
             if is_stopped:
                 break
-    profiler.stop(metrics)
     with stage("saving the last checkpoint"):
         checkpoints.wait()
+    goodput.spend(SAVING)
     if writer is not None:
         writer.close()
-        network = {name: leaf for name, leaf in state.params.items() if name != NULL_NOISE_EMBEDDING}
-        counts = {
-            "network": sum(leaf.size for leaf in jax.tree.leaves(network)),
-            "null_noise_embedding": state.params[NULL_NOISE_EMBEDDING].size,
-        }
-        experiment.add_to_environment("training", parameters=counts)
-        experiment.add_seconds(**seconds)
-    if stop:
+    # What evaluations took they add themselves.
+    experiment.add_seconds(**{name: each for name, each in goodput.seconds.items() if name != EVALUATING})
+    # Asked once more, for a signal in the last round.
+    if stop.is_due():
         raise Stopped(stop, f"Stopped at step {int(state.step)}; saved. The same command goes on from there.")
     return state
+
+
+def count_parameters(params: Any) -> dict[str, int]:
+    """How many parameters the network has without its null noise embedding, and how many that has."""
+    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
+    null_noise = counts.pop(NULL_NOISE_EMBEDDING)
+    return {"network": sum(counts.values()), "null_noise_embedding": null_noise}
 
 
 def is_evaluation_due(config: Config, step: int) -> bool:

@@ -229,6 +229,20 @@ def test_four_guidances_are_one_program() -> None:
     assert sampler.evaluations_per_image == {"plain": 4, "cfg": 8, "nag": 8, "cfg + nag": 12}
 
 
+@pytest.mark.parametrize("stepper", [Euler(), Heun()])
+def test_many_steps_are_a_program_as_long_as_that_of_three(stepper: Any) -> None:
+    """And the network is traced once in each of them."""
+    lengths = []
+    for num_steps in (3, 250):
+        probe = Probe(counts=False)
+        sampler = tiny(probe, {"nag": nag(1.0)}, stepper=stepper, num_steps=num_steps)
+        labels = jax.ShapeDtypeStruct((2,), jnp.int32)
+        program = sampler.lower("nag", labels, jax.ShapeDtypeStruct((2,), jnp.uint32))
+        assert probe.traces == [4]  # Both branches of 2 samples.
+        lengths.append(len(program.as_text().splitlines()))
+    assert lengths[0] == lengths[1]
+
+
 def test_other_parameters_need_no_other_program() -> None:
     probe = Probe(counts=False)
     samplers = [

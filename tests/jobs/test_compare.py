@@ -23,6 +23,7 @@ from nag_jax.jobs import compare, evaluate, methods
 ROOT = Path(__file__).resolve().parent.parent.parent
 # After six steps from zero only the parameters themselves, not yet their average, tell the branches apart.
 COMPARE = ["--mode=compare", "--config.eval.name=mine", "--config.sampling.weights=params"]
+FLAG = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # for GPUs; a CPU does not look at it
 COMPARE.append("--config.compare.nag_scales=(0.0,0.5,2.0)")
 # The smoke config's methods by their weights.
 EVALUATED = {(1.0, 0.0): "plain", (1.5, 0.0): "cfg", (1.0, 0.5): "nag", (1.5, 0.5): "cfg+nag"}
@@ -54,6 +55,7 @@ def compared(finished: Path, runs, tmp_path_factory: pytest.TempPathFactory) -> 
             programs.append(self.program)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*FLAG)
         patch.setattr(methods, "Sampler", RecordedSampler)
         evaluate.run(config, workdir, workdir)
         folder = compare.run(config, workdir, workdir)
@@ -70,6 +72,8 @@ def entries(compared: Compared) -> dict[tuple[float, float], dict[str, Any]]:
 def test_every_pair_of_weights_is_measured(compared: Compared, entries):
     assert set(entries) == {(cfg_scale, nag_scale) for cfg_scale in (1.0, 1.5) for nag_scale in (0.0, 0.5, 2.0)}
     assert {path.name for path in compared.folder.iterdir()} == {"conditions.json", "compare.json", "compare.png"}
+    for folder in (compared.folder, compared.evaluation):
+        assert json.loads((folder / "conditions.json").read_text())["compiler_flags"] == dict([FLAG])
     assert (compared.folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     for (cfg_scale, nag_scale), entry in entries.items():
         # A branch that is off is not evaluated: 1, 2, 2 or 3 times the 5 evaluations of Heun's 3 steps.

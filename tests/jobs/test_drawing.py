@@ -98,6 +98,35 @@ def test_samples_do_not_depend_on_the_batch(opened, whole, tmp_path: Path, batch
         assert np.abs(difference).max() <= 1 and np.count_nonzero(difference) <= 0.002 * difference.size
 
 
+def test_the_devices_begin_a_batch_before_the_host_fetches_the_one_before(
+    opened, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls: list[str] = []
+    sample, start, finish = drawing.Sampler.__call__, drawing._Look.start, drawing._Look.finish
+
+    def recorded_sample(*arguments, **options):
+        calls.append("sample")
+        return sample(*arguments, **options)
+
+    def recorded_start(*arguments):
+        calls.append("decode and convert")
+        started = start(*arguments)
+        assert all(isinstance(array, jax.Array) for array in started.values()), "nothing is fetched yet"
+        return started
+
+    def recorded_finish(*arguments):
+        calls.append("fetch")
+        return finish(*arguments)
+
+    monkeypatch.setattr(drawing.Sampler, "__call__", recorded_sample)
+    monkeypatch.setattr(drawing._Look, "start", recorded_start)
+    monkeypatch.setattr(drawing._Look, "finish", recorded_finish)
+    draw_all(opened, tmp_path)
+    begin = ["sample", "decode and convert"]
+    of_method = begin + 3 * [*begin, "fetch"] + ["fetch"]  # 30 samples are 4 batches of 8
+    assert calls == of_method + of_method
+
+
 def test_a_killed_drawing_goes_on_bit_for_bit(opened, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     written: list[int] = []
     write = drawing.SampleStore.write

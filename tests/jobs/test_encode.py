@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,8 @@ def whole(make_work, vae: Autoencoder, tmp_path_factory: pytest.TempPathFactory)
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    """The files of a folder of latents, but for the one that says which command made them."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "environment.json"}
 
 
 def finish(work: Work) -> dict[str, bytes]:
@@ -197,13 +199,22 @@ def with_data(config: Config, **changes: str | int) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 
-def test_both_splits_are_encoded_and_other_autoencoders_refused(digits: Config, vae: Autoencoder, tmp_path: Path):
+def test_both_splits_are_encoded_and_other_autoencoders_refused(
+    digits: Config, vae: Autoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = with_data(digits, latents=str(tmp_path / "latents"))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     # A record is 16 bytes and 2 orientations x 4 x 4 x 4 moments of 2 bytes.
     assert "20 records of shape (4, 4, 2), 5.44e-06 GB in 1 shards, 0 of them done" in encode.describe(config)
     assert not (tmp_path / "latents").exists()
     assert encode.run(config) == config.data.latents
     assert "in 1 shards, 1 of them done" in encode.describe(config)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
+    assert encode.run(config) == config.data.latents, "other flags are no other latents"
+    for split in (config.data.split, config.data.eval_split):
+        folder = latent_shards.split_folder(config.data, split)
+        flags = json.loads((folder / "environment.json").read_text())["compiler_flags"]
+        assert flags["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5", "those of the run that made them"
     for split, count in (("train[:20]", 20), ("test[:5]", 5)):
         source = open_source(config.data, split)
         latents = open_latents(config.data, split)

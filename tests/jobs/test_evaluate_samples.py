@@ -61,8 +61,14 @@ def metrics_of(folder: Path) -> dict:
     return metrics
 
 
-def test_the_numbers_are_those_of_the_features(sets, tmp_path: Path):
+def test_the_numbers_are_those_of_the_features(sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     folder = evaluate(tmp_path)
+    conditions = json.loads((folder / "conditions.json").read_text())
+    assert conditions["compiler_flags"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+    written = (folder / "metrics.json").stat().st_mtime_ns
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
+    assert evaluate(tmp_path) == folder and (folder / "metrics.json").stat().st_mtime_ns == written, "read back"
     metrics = metrics_of(folder)
     sampled, real = (np.asarray(vectors(to_float(images))) for images in (sets["samples"], sets["reference"]))
     distance = metrics["frechet_distance"]

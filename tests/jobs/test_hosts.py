@@ -103,7 +103,7 @@ def test_stopped_and_killed_they_end_together_and_go_on_as_if_never_interrupted(
     def reached(step: int) -> bool:
         return any(line["step"] >= step for line in read_metrics(broken))
 
-    started = start(runs, broken, *LONG)
+    started = start(runs, broken, *LONG, "--config.parallel.steps_per_dispatch=2")
     wait_until(lambda: reached(20), started)
     started[1].send_signal(signal.SIGTERM)
     said = finish(started, expect=128 + signal.SIGTERM)
@@ -122,6 +122,23 @@ def test_stopped_and_killed_they_end_together_and_go_on_as_if_never_interrupted(
 
     finish(start_alone(runs, broken, *LONG))
     assert_same_losses(broken, whole, tolerance=2e-3)
+
+
+@pytest.mark.serial
+def test_a_signal_between_a_save_and_the_first_round_stops_all_in_it(tmp_path: Path):
+    address = free_address()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(which: int) -> subprocess.Popen:
+        command = [sys.executable, str(Path(__file__).with_name("stopped_hosts.py")), address, str(which)]
+        return subprocess.Popen(
+            [*command, str(tmp_path)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    for process in [run(0), run(1)]:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert output.splitlines()[-1] == f"1 {signal.SIGTERM}"
 
 
 @pytest.mark.serial
@@ -217,7 +234,11 @@ def test_two_processes_take_the_attention_that_the_first_measured_to_be_fastest(
 def test_two_processes_encode_the_same_shards_as_one(pair):
     folder, _ = pair
     one, two = (
-        {file.relative_to(folder / name): file.read_bytes() for file in (folder / name).rglob("*") if file.is_file()}
+        {
+            file.relative_to(folder / name): file.read_bytes()
+            for file in (folder / name).rglob("*")
+            if file.is_file() and file.name != "environment.json"
+        }
         for name in ("latents-1", "latents-2")
     )
     assert len(one) > 15 and one == two

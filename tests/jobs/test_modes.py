@@ -12,6 +12,7 @@ import pytest
 import nag_jax
 from nag_jax.errors import UserError
 
+FLAG = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # for GPUs; a CPU does not look at it
 FEW = ["--config.eval.num_samples=50", "--config.sampling.num_steps=2"]
 
 
@@ -20,7 +21,9 @@ def folder_of(output: str, word: str) -> Path:
     return Path(line.removeprefix(f"{word}: "))
 
 
-def test_sample_writes_pictures_arrays_and_conditions(finished: Path, runs, tmp_path: Path):
+def test_sample_writes_pictures_arrays_and_conditions(
+    finished: Path, runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     # A hardly trained network needs a large weight for one byte of an image to change.
     arguments = [
         "--mode=sample",
@@ -29,6 +32,7 @@ def test_sample_writes_pictures_arrays_and_conditions(finished: Path, runs, tmp_
         "--config.sampling.weights=params",
         "--config.sampling.nag_scale=300",
     ]
+    monkeypatch.setenv(*FLAG)
     output, _ = runs.finish(tmp_path / "w", *arguments, *FEW)
     folder = folder_of(output, "written")
     assert folder.parent == tmp_path / "w" / "samples"
@@ -44,6 +48,7 @@ def test_sample_writes_pictures_arrays_and_conditions(finished: Path, runs, tmp_
     assert not (folder / "blocks").exists()
     conditions = json.loads((folder / "conditions.json").read_text())
     assert conditions["sampling"]["num_steps"] == 2 and conditions["step"] == 6
+    assert conditions["compiler_flags"] == dict([FLAG])
     # The estimator that guides is another one than the one that measures.
     assert {path.name for path in (tmp_path / "w" / "estimator").iterdir()} == {"guide.json", "guide.npz"}
 
@@ -76,10 +81,14 @@ def test_evaluate_into_another_folder_and_a_taken_name(finished: Path, runs, tmp
     assert metrics.read_bytes() == before
 
 
-def test_noise_shift_measures_against_the_forward_control(finished: Path, runs, tmp_path: Path):
+def test_noise_shift_measures_against_the_forward_control(
+    finished: Path, runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(*FLAG)
     arguments = ["--mode=noise_shift", f"--checkpoint={finished}", *FEW, "--config.sampling.num_steps=4"]
     output, _ = runs.finish(tmp_path, *arguments, "--config.eval.methods=('plain','nag')")
     folder = folder_of(output, "written")
+    assert json.loads((folder / "conditions.json").read_text())["compiler_flags"] == dict([FLAG])
     shifts = json.loads((folder / "noise_shift.json").read_text())["methods"]
     for shift in shifts.values():
         for at_time in shift["shifts"]:

@@ -42,8 +42,9 @@ def test_a_run_trains_resumes_evaluates_and_reports_on_an_object_store(
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
     settings = runpy.run_path(str(ROOT / "configs/digits.py"))["get_config"]("smoke")
     settings.num_steps, settings.checkpoint.every_steps, settings.log.every_steps = 3, 1, 1
-    settings.eval.methods = ()
+    settings.eval.methods, settings.log.profile_steps = (), (2, 3)
     train.run(from_config_dict(settings), WORKDIR)
+    assert any(path.endswith(".xplane.pb") for path in object_store.objects), "a trace was asked for"
     settings = runpy.run_path(str(ROOT / "configs/digits.py"))["get_config"]("smoke")
     settings.log.every_steps = 1
     config = from_config_dict(settings)

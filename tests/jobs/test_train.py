@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import runpy
+import shutil
 import signal
 from pathlib import Path
 
@@ -116,6 +117,24 @@ def test_another_configuration_is_refused_and_nothing_is_touched(finished: Path,
     assert (finished / "config.json").read_bytes() == config
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer__accumulation_steps": 3}, "batch of 16 .* optimizer.accumulation_steps = 3.* such as 15 or 18"),
+        ({"model__patch_size": 3}, "model.patch_size = 3 does not divide"),
+        ({"objective__learn_variance": True}, "objective.learn_variance needs"),
+        ({"optimizer__schedule": "cosine", "optimizer__warmup_steps": 500}, "optimizer.warmup_steps = 500 leaves none"),
+    ],
+)
+def test_what_the_step_would_refuse_is_refused_before_anything_is_written(
+    runs, tmp_path: Path, changes: dict[str, object], message: str
+):
+    config = tiny_config(batch_size=16, data__data_dir=str(runs.data_dir), **changes)
+    with pytest.raises(UserError, match=message):
+        train.run(config, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_interrupted_by_ctrl_c_sigterm_and_kill_it_ends_as_if_never_interrupted(runs, tmp_path: Path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     runs.finish(whole, *TRAIN_ONLY)
@@ -157,14 +176,33 @@ def tiny_config(**changes: object) -> Config:
     with config.unlocked():
         for key, value in changes.items():
             section, _, name = key.rpartition("__")
-            config[section][name] = value
+            target = config[section] if section else config
+            target[name] = value
     return from_config_dict(config)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(runs, tmp_path: Path):
+def test_a_run_goes_on_with_steps_computed_in_another_way(finished: Path, runs, tmp_path: Path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    changes = {"model__remat": "full", "optimizer__accumulation_steps": 2}
+    train.run(tiny_config(data__data_dir=str(runs.data_dir), **changes), epath.Path(tmp_path / "run"))
+    expected, found = saved_arrays(finished, 6), saved_arrays(tmp_path / "run", 6)
+    assert expected.keys() == found.keys()
+    for path, values in expected.items():
+        np.testing.assert_allclose(found[path], values, rtol=1e-4, atol=1e-5, err_msg=path)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["model"]["remat"] == "full" and config["optimizer"]["accumulation_steps"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(
+    runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = tiny_config(optimizer__learning_rate=1e30, optimizer__clip_norm=0.0, data__data_dir=str(runs.data_dir))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     with pytest.raises(TrainingDivergedError, match=r"The \w+ of step \d+ is (nan|inf).*checkpoint"):
         train.run(config, epath.Path(tmp_path / "run"))
+    recorded = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert recorded["training"]["compiler_flags"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
     # Nothing that is not finite was saved.
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         for step in checkpoints.steps():
@@ -203,7 +241,7 @@ def test_scheduled_evaluations_come_during_training(runs, tmp_path: Path):
 
 def test_steps_that_run_together_are_the_same_steps_and_can_be_traced(finished: Path, runs, tmp_path: Path):
     arguments = ["--config.parallel.steps_per_dispatch=2", "--config.checkpoint.every_steps=2"]
-    runs.finish(tmp_path, *arguments, "--config.eval.methods=()", "--config.log.profile_steps=(3,4)")
+    runs.finish(tmp_path, *arguments, "--config.eval.methods=()", "--config.log.profile_steps=(3,3)")
     expected, found = saved_arrays(finished, 6), saved_arrays(tmp_path, 6)
     assert expected.keys() == found.keys()
     for path, values in expected.items():
@@ -214,8 +252,11 @@ def test_steps_that_run_together_are_the_same_steps_and_can_be_traced(finished: 
         if line["step"] != 4:  # whose line is of the steps 3 and 4 here, and of 4 alone there
             assert line["loss"] == pytest.approx(losses_by_step[line["step"]], rel=1e-5)
     assert list((tmp_path / "profile").rglob("*.xplane.pb")), "a trace was asked for"
-    _, errors = runs.finish(tmp_path, "--config.parallel.steps_per_dispatch=4", expect=2)
-    assert "num_steps = 6 and log.every_steps = 2" in errors and "multiple of it" in errors
+    with pytest.raises(UserError, match="num_steps = 6 and log.every_steps = 2 .* multiple of it"):
+        tiny_config(parallel__steps_per_dispatch=4)
+    longer = {"num_steps": 8, "log__every_steps": 4, "checkpoint__every_steps": 4, "parallel__steps_per_dispatch": 4}
+    with pytest.raises(UserError, match="stands at step 6, no multiple of parallel.steps_per_dispatch = 4"):
+        train.open_run(tiny_config(data__data_dir=str(runs.data_dir), **longer), epath.Path(tmp_path))
 
 
 @pytest.mark.parametrize("steps", [(3,), (4, 3), (0, 2)])

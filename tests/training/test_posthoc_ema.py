@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import integrate
 
 from nag_jax import loading, storage
 from nag_jax.checkpoint import CheckpointConfig, Checkpoints
+from nag_jax.diffusion.objective import Objective
 from nag_jax.errors import UserError
 from nag_jax.training.ema import EmaConfig, decay_per_step, power_of, update
 from nag_jax.training.posthoc_ema import Profile, combination, inner_product
-from nag_jax.training.state import TrainState
+from nag_jax.training.state import TrainState, init_state
+from nag_jax.training.step import make_train_step
 
 
 def weights_of(sigma_rel: float, step: int) -> np.ndarray:
@@ -45,6 +49,29 @@ def test_the_recursion_is_the_weighted_sum():
     for step, values in enumerate(params, start=1):
         average = update(average, {"w": jnp.asarray(values, jnp.float32)}, decay(jnp.float32(step)))
     np.testing.assert_allclose(average["w"], weights_of(0.1, 40) @ params, atol=2e-6)
+
+
+def test_the_compiled_step_keeps_the_weighted_sums_also_where_it_goes_on(tiny_denoiser, batch_of, tmp_path: Path):
+    widths, optimizer = {"short": 0.05, "long": 0.25}, optax.sgd(0.5)
+    decays = {name: decay_per_step(EmaConfig(sigma_rel=width), batch_size=12) for name, width in widths.items()}
+    step = jax.jit(make_train_step(tiny_denoiser, Objective(), optimizer, decays))
+    state = init_state(jax.tree.map(jnp.copy, tiny_denoiser.params), optimizer, decays)
+    walked: list[np.ndarray] = []
+    for s in range(6):
+        if s == 3:
+            with Checkpoints(tmp_path) as checkpoints:
+                checkpoints.save(state)
+                checkpoints.wait()
+                state, _ = checkpoints.restore(state)
+        state, _ = step(state, batch_of(s), jax.random.key(1))
+        walked.append(flat(state.params))
+        for name, width in widths.items():
+            np.testing.assert_allclose(flat(state.ema[name]), weights_of(width, s + 1) @ walked, atol=1e-6)
+    assert np.abs(flat(state.ema["long"]) - flat(state.ema["short"])).max() > 1e-3, "the parameters have moved"
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def test_inner_products_are_integrals():

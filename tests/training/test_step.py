@@ -173,7 +173,7 @@ def test_jit_on_a_mesh_donates_the_state_and_agrees(tiny_denoiser, train_step, b
     state = jax.device_put(state, shardings)
     compiled = jit_train_step(step, mesh, shardings, batch_sharding(mesh))
     got = compiled(state, shard_batch(mesh, batch_of(0)), KEY)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert_trees(np.testing.assert_allclose, got, want, rtol=1e-5, atol=1e-6)
 
 
@@ -193,7 +193,9 @@ def test_pmap_on_one_device_agrees(tiny_denoiser, train_step, batch_of):
         make_train_step(tiny_denoiser, OBJECTIVE, ADAMW, DECAYS, axis_name="devices"), "devices"
     )
     want = train_step(new_state(tiny_denoiser), batch_of(0), KEY)
-    got = step(new_state(tiny_denoiser), split_batch(batch_of(0)), KEY)
+    state = new_state(tiny_denoiser)
+    got = step(state, split_batch(batch_of(0)), KEY)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state)), "all of it is donated"
     assert_trees(np.testing.assert_allclose, got, want, rtol=1e-5, atol=1e-6)
 
 
