@@ -140,9 +140,32 @@ def test_a_gpu_machine_is_set_up_and_runs_the_main_command(tools: Tools) -> None
         ["prepare", "run"],
         ["source", "launch/flags.sh"],
         ["gpu_flags", "sample"],
-        ["exec", ".venv/bin/python", "-m", "nag_jax.main", "--mode=sample", AWKWARD],
+        ["exec", ".venv/bin/python", "-m", "nag_jax.main", "--num_processes=1", "--mode=sample", AWKWARD],
     ]
-    assert ["gpu_flags", "train"] in tools.dry_run("launch/gpu_node.sh", "--config=a.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "job"),
+    [
+        (["--config=a.py"], "train"),
+        (["--mode=train"], "train"),
+        (["--mode", "sample", "--config=a.py"], "sample"),
+        (["-mode", "evaluate"], "sample"),
+        (["-mode=compare"], "sample"),
+        (["--mode=sample", "--mode=train"], "train"),
+        (["--mode=noise_shift"], "train"),
+        (["--mode", "encode"], "train"),
+        (["--workdir", "sample"], "train"),
+    ],
+)
+@pytest.mark.parametrize("script", ["launch/gpu_node.sh", "launch/slurm.sbatch"])
+def test_flags_are_those_of_what_the_mode_mostly_computes(
+    tools: Tools, script: str, arguments: list[str], job: str
+) -> None:
+    commands = tools.dry_run(script, *arguments)
+    assert ["gpu_flags", job] in commands
+    (main,) = [command for command in commands if "nag_jax.main" in command]
+    assert main[-len(arguments) :] == arguments
 
 
 def test_a_machine_without_gpus_is_refused_before_anything_is_installed(tools: Tools) -> None:
@@ -150,6 +173,11 @@ def test_a_machine_without_gpus_is_refused_before_anything_is_installed(tools: T
     result = tools.run("launch/gpu_node.sh", "--config=a.py")
     assert result.returncode == 2
     assert "nvidia-smi finds no GPU" in result.stderr and "launch/local.sh" in result.stderr
+    (tools.bin / "nvidia-smi").unlink()
+    result = tools.run("launch/gpu_node.sh", "--config=a.py")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "nvidia-smi is not on PATH" in line and "launch/local.sh" in line
 
 
 @pytest.mark.parametrize("script", ["launch/gpu_node.sh", "launch/slurm.sbatch"])
