@@ -317,10 +317,15 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": f"{device.device_kind} x{jax.device_count()}",
         "processes": jax.process_count(),
-        "compiler_flags": {name: os.environ[name] for name in COMPILER_FLAGS if os.environ.get(name)},
+        "compiler_flags": compiler_flags(),
         "commit": commit(),
         "command": " ".join(["python -m nag_jax.main", *map(shlex.quote, sys.argv[1:])]),
     }
+
+
+def compiler_flags() -> dict[str, str]:
+    """The variables that change what is compiled, as far as they are set."""
+    return {name: os.environ[name] for name in COMPILER_FLAGS if os.environ.get(name)}
 
 
 def version(package: str) -> str | None:

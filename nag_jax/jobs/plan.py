@@ -22,7 +22,7 @@ from nag_jax.denoiser import LatentSpace
 from nag_jax.errors import UserError
 from nag_jax.jobs.drawing import sampling_batch_size
 from nag_jax.jobs.evaluate import make_methods
-from nag_jax.jobs.experiment import commit, version
+from nag_jax.jobs.experiment import commit, compiler_flags, version
 from nag_jax.jobs.plan_programs import (
     Program,
     compile_sampling,
@@ -158,6 +158,7 @@ def plan_conditions(config: Config, description: ModelDescription, topology: Top
         "network": to_dict(description),
         "config": to_dict(config),
         "versions": {package: version(package) for package in ("jax", "jaxlib", "libtpu", "flax")},
+        "compiler_flags": compiler_flags(),
         "commit": commit(),
     }
 

@@ -16,17 +16,19 @@ def table(plan: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     limit = "not known" if plan["memory_limit"] is None else size_text(plan["memory_limit"])
     training, sampling = plan["training"], plan["sampling"]
+    together = training["images"] // training["batch_size"]
+    several = f", {together} steps in a program" if together > 1 else ""
     too_much = plan["memory_limit"] is not None and training["state_bytes"] > plan["memory_limit"]
     lines = [
         f"{plan['topology']}: {plan['device_kind']} x{plan['devices']} ({mesh}), memory of each {limit}",
         "",
-        f"training, batch {training['batch_size']}, remat {training['remat']}",
+        f"training, batch {training['batch_size']}, remat {training['remat']}{several}",
         *program_lines(training),
         f"  {'state alone':<22}{size_text(training['state_bytes'])}{', more than a device has' if too_much else ''}",
     ]
     if (line := training.get("roofline")) is not None:
         steps = training["num_steps"]
-        hidden, bare = (duration_text(steps * line[key]) for key in ("seconds", "seconds_without_overlap"))
+        hidden, bare = (duration_text(steps / together * line[key]) for key in ("seconds", "seconds_without_overlap"))
         lines.append(f"  {f'all {steps:,} steps':<22}{hidden} to {bare}")
     if (largest := plan["largest_batch"]) is not None:
         lines.append(f"  {'largest batch':<22}{largest_words(largest)}")
@@ -70,7 +72,7 @@ def program_lines(program: dict[str, Any]) -> list[str]:
     return [
         *lines,
         f"  {'time, estimated':<22}{hidden} to {bare}: {each}",
-        f"  {'images a second':<22}{program['batch_size'] / line['seconds']:.4g} at best",
+        f"  {'images a second':<22}{program['images'] / line['seconds']:.4g} at best",
         f"  {'lost to communication':<22}{least:.0%} where it hides behind the rest, {most:.0%} where it does not",
     ]
 

@@ -104,6 +104,20 @@ def test_latents_that_are_not_there_are_those_of_stable_diffusion():
         plan.describe_network(dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, image_size=60)))
 
 
+def test_a_plan_is_of_the_flags_that_the_compiler_is_given(monkeypatch: pytest.MonkeyPatch):
+    topology, description = plan.open_plan(dataclasses.replace(TINY, batch_size=1), "local")
+
+    def folder() -> str:
+        return plan.folder_name(topology, plan.plan_conditions(TINY, description, topology))
+
+    without = folder()
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "--xla_some_flag=true")
+            assert folder() != without
+    assert folder() == without
+
+
 def test_remat_policies_are_ordered_all():
     assert sorted(plan.REMAT_ORDER) == sorted(REMAT_POLICIES)
 
@@ -139,7 +153,7 @@ class SmallMachine:
         state = 1600 // config.parallel.fsdp
         rows = config.batch_size / 16 * self.bytes_per_row * parts[config.model.remat]
         memory = Memory(arguments=state, outputs=0, temporaries=int(rows), code=0)
-        return Program(memory, memory.total, (), 0.0, 1e12, 1.0)
+        return Program(memory, memory.total, (), 0.0, 1e12, 1.0, config.batch_size)
 
 
 @pytest.fixture

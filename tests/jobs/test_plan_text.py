@@ -5,6 +5,7 @@ from nag_jax.jobs.plan_text import duration_text, size_text, table
 PROGRAM = {
     "fits": True,
     "batch_size": 8,
+    "images": 8,
     "needed_bytes": 3 * 2**30,
     "flops": 2e12,
     "memory": {"arguments": 2**30, "outputs": 0, "temporaries": 2**31, "code": 0, "total": 3 * 2**30},
@@ -55,8 +56,16 @@ def test_a_plan_that_fits():
     assert "What fits" not in text
 
 
+def test_a_program_of_several_steps_takes_so_many_times_as_long_as_one():
+    several = PLAN["training"] | {"images": 4 * 8}
+    text = table(PLAN | {"training": several})
+    assert "training, batch 8, remat dots, 4 steps in a program" in text
+    assert "images a second       64 at best" in text
+    assert "all 72,000 steps      2.5 h to 3.75 h" in text
+
+
 def test_a_plan_that_does_not_fit_says_what_would():
-    failed = {"fits": False, "batch_size": 64, "needed_bytes": 2**35, "flops": 1.0, "remat": "none", "state_bytes": 1}
+    failed = {"fits": False, "batch_size": 64, "images": 64, "needed_bytes": 2**35, "flops": 1.0, "remat": "none", "state_bytes": 1}
     settings = {"data": 1, "fsdp": 4, "tensor": 1, "remat": "full", "batch_size": 8}
     largest = {"fits": 0, "too_large": 4, "compilations": 6}
     text = table(PLAN | {"training": failed, "suggestion": PROGRAM | settings, "largest_batch": largest})
