@@ -223,7 +223,7 @@ def report(program: Program, topology: Topology) -> dict[str, Any]:
 def _compile(
     lowered: jax.stages.Lowered, operations: float, *, images: int, runs: int, writes: int, argument_bytes: int
 ) -> Program:
-    """Compiles; `runs` is how often arguments are read and temporaries filled, `writes` how often results are written."""
+    """Compiles; arguments are read and temporaries filled `runs` times, results written `writes` times."""
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
