@@ -120,7 +120,8 @@ def compile_training(config: Config, description: ModelDescription, topology: To
         "parallel.data x parallel.fsdp x optimizer.accumulation_steps",
     )
     state = _abstract_state(config, description)
-    function, batches = step_function(config, description), training_batch(config, description)
+    function = step_function(config, description)
+    batches: Any = training_batch(config, description)
     steps = config.parallel.steps_per_dispatch
     if steps > 1:
         function, batches = several_steps(function), (batches,) * steps
