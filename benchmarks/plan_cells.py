@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+from plan_source import program_digest
 
 from nag_jax import storage
 from nag_jax.config import Config, defaults, from_config_dict
@@ -115,6 +116,16 @@ def compile_apart(cell: Cell, batch_size: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def digest_of(cell: Cell) -> str:
+    """The digest of the source and the settings of a cell's programs; batches are the cell's own affair."""
+    return program_digest(config_of(cell, devices_of(cell.machine)))
+
+
+def is_current(cell: Cell, content: dict[str, Any]) -> bool:
+    """Whether a cell is there and is of this source; those of before digests were kept are not."""
+    return cell.name in content["cells"] and content["cells"][cell.name].get("digest") == digest_of(cell)
+
+
 def run_script(
     script: str,
     description: str | None,
@@ -128,7 +139,7 @@ def run_script(
     Args:
         script: file name in benchmarks/, for the results.
         description: the help.
-        cells: in the order in which they are filled; one that is there is skipped.
+        cells: in the order in which they are filled; one that is there is skipped, unless it is of other source.
         fill: makes the content of a cell.
         table: makes the text of a file's content.
         output: the file, unless another is given.
@@ -141,6 +152,9 @@ def run_script(
     content = storage.read_json(given.output) if given.output.exists() else {"cells": {}}
     if given.table:
         print(table(content))
+        there = [cell for cell in cells if cell.name in content["cells"]]
+        if outdated := [cell.name for cell in there if not is_current(cell, content)]:
+            print(f"Of other source than this, so {script} compiles anew: {', '.join(outdated)}.", file=sys.stderr)
         return
     import jax
 
@@ -148,12 +162,13 @@ def run_script(
 
     jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU where its compiler is installed
     for cell in cells[: given.cells]:
-        if cell.name in content["cells"]:
+        if is_current(cell, content):
             continue
         start = time.perf_counter()
         filled = fill(cell)
         where = environment() | {"command": f"python benchmarks/{script}", "libtpu": version("libtpu")}
-        content["cells"][cell.name] = filled | {"seconds": time.perf_counter() - start, "environment": where}
+        about = {"digest": digest_of(cell), "seconds": time.perf_counter() - start, "environment": where}
+        content["cells"][cell.name] = filled | about
         storage.write_json(epath.Path(given.output), content)
         print(f"{cell.name}: {content['cells'][cell.name]['seconds']:.0f} s", file=sys.stderr, flush=True)
 

@@ -3,7 +3,8 @@
     python benchmarks/plan_table.py            fills results/plan_tpu.json, cell by cell; hours on two cores
     python benchmarks/plan_table.py --table    prints what there is as the table of docs/plan.md
 
-Needs the extra `plan`, and no TPU. A cell that is there is skipped, so the script goes on where it was stopped. Every
+Needs the extra `plan`, and no TPU. A cell that is there is skipped, so the script goes on where it was stopped, unless
+the source of its programs has changed since (plan_source.py); --table names such cells on standard error. Every
 compilation is a process of its own and is ended after three minutes; a search of the batch makes at most six. Nothing
 here is measured on a TPU: the memory is the compiler's, and times are a roofline.
 """
@@ -88,20 +89,25 @@ def fill(cell: Cell) -> dict[str, Any]:
 
 def table(content: dict[str, Any]) -> str:
     """The cells as a table of Markdown; those that were not compiled stand with the reason."""
-    lines = [
-        "| job | network | machine | fsdp | batch | memory, GiB | received, GiB | time, ms | lost | largest batch |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ["job", "network", "machine", "fsdp", "batch", "memory, GiB", "received, GiB", "time, ms", "lost"]
+    columns += ["largest batch", "commit"]
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for cell in CELLS:
         found = content["cells"].get(cell.name)
         head = f"| {cell.job} | {cell.size}/2 | {cell.machine} | {cell.fsdp} |"
         if found is None:
-            lines.append(f"{head} | | | | | {NOT_COMPILED} |")
+            lines.append(f"{head} | | | | | {NOT_COMPILED} | |")
         elif "error" in found:
-            lines.append(f"{head} {found['batch_size']} | | | | | {found['error']} |")
+            lines.append(f"{head} {found['batch_size']} | | | | | {found['error']} | {commit_of(found)} |")
         else:
-            lines.append(f"{head} {found['batch_size']} | {' | '.join(numbers(found))} |")
+            lines.append(f"{head} {found['batch_size']} | {' | '.join(numbers(found))} | {commit_of(found)} |")
     return "\n".join(lines)
+
+
+def commit_of(found: dict[str, Any]) -> str:
+    """The commit that a cell is of, in seven digits, with "+changes" where the source differed from it."""
+    commit, _, changes = (found["environment"]["commit"] or "none").partition("+")
+    return f"{commit[:7]}+{changes}" if changes else commit[:7]
 
 
 def numbers(found: dict[str, Any]) -> list[str]:

@@ -49,18 +49,24 @@ usage() {
 }
 
 # Splits a script's arguments: into those for nag_jax.main, in `arguments`, and --dry-run; `job` is what their --mode
-# computes, train or sample.
+# mostly computes: sample, where it draws samples, and otherwise train.
 # shellcheck disable=SC2034 # both are read by the scripts that source this
 split_arguments() {
-  local argument
-  job=train
+  local argument before="" mode=train
   arguments=()
   for argument in "$@"; do
-    case $argument in
-      --dry-run) dry_run=yes && continue ;;
-      --mode=train) job=train ;;
-      --mode=*) job=sample ;;
-    esac
+    if [[ $argument == --dry-run ]]; then
+      dry_run=yes
+      continue
+    fi
+    # One dash or two, and the value behind "=" or in the next word.
+    case $argument in --mode=* | -mode=*) mode=${argument#*=} ;; esac
+    case $before in --mode | -mode) mode=$argument ;; esac
+    before=$argument
     arguments+=("$argument")
   done
+  case $mode in
+    sample | evaluate | compare) job=sample ;;
+    *) job=train ;;
+  esac
 }

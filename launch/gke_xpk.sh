@@ -15,9 +15,11 @@
 #   --type=TYPE        XPK_TPU_TYPE            of each slice, such as v5e-256 (v5litepod-256), v6e-16
 #   --slices=COUNT     XPK_SLICES              default 1; parallel.fsdp x parallel.tensor must divide a slice's chips
 #   --image=IMAGE      XPK_IMAGE               whose folder at start is a checkout of this project; otherwise this
-#                                              folder is laid into python:3.12, and packages are installed at each start
+#                                              folder is laid into python:3.12, without what .dockerignore leaves out,
+#                                              and packages are installed at each start
 #   --workdir=FOLDER   XPK_WORKDIR             gs://BUCKET/FOLDER
 #   --config=CONFIG    XPK_CONFIG              config file with options
+#   --cache=FOLDER     JAX_COMPILATION_CACHE_DIR  gs:// folder that keeps compiled programs, for a container keeps none
 #   --restarts=COUNT   XPK_RESTARTS            how often it may start again; default 50
 #   --dry-run                                  print the command and run none
 
@@ -29,7 +31,7 @@ source launch/environment.sh
 source launch/commands.sh
 
 create_workload() {
-  local run_line source_flags=()
+  local run_line source_flags=() cache_variable=""
   need --type "$type" "Give the type of a slice, such as --type=v5e-16."
   need --config "$config" "Give the config file, such as --config=configs/imagenet256.py:sit_xl2,nag."
   need --workdir "$workdir" "Give the work folder, such as --workdir=gs://BUCKET/runs/nag."
@@ -42,7 +44,8 @@ create_workload() {
   fi
   run_line=$(quote_all ./launch/local.sh "--config=$config" "--workdir=$workdir" ${arguments[@]+"${arguments[@]}"})
   # Without bash of its own the line would be read by the container's sh.
-  run_line="bash -c $(quote ". launch/flags.sh; tpu_flags; export NAG_JAX_EXTRA=tpu; exec $run_line")"
+  if [[ -n "$cache" ]]; then cache_variable=" JAX_COMPILATION_CACHE_DIR=$(quote "$cache")"; fi
+  run_line="bash -c $(quote ". launch/flags.sh; tpu_flags; export NAG_JAX_EXTRA=tpu$cache_variable; exec $run_line")"
   run xpk workload create --cluster="$cluster" --workload="$name" "${place[@]}" --tpu-type="$type" \
     --num-slices="$slices" --max-restarts="$restarts" "${source_flags[@]}" --command="$run_line"
 }
@@ -66,6 +69,7 @@ slices=${XPK_SLICES:-1}
 image=${XPK_IMAGE:-}
 workdir=${XPK_WORKDIR:-}
 config=${XPK_CONFIG:-}
+cache=${JAX_COMPILATION_CACHE_DIR:-}
 restarts=${XPK_RESTARTS:-50}
 arguments=()
 while [[ $# -gt 0 ]]; do
@@ -79,6 +83,7 @@ while [[ $# -gt 0 ]]; do
     --image=*) image=${1#*=} ;;
     --workdir=*) workdir=${1#*=} ;;
     --config=*) config=${1#*=} ;;
+    --cache=*) cache=${1#*=} ;;
     --restarts=*) restarts=${1#*=} ;;
     --dry-run) dry_run=yes ;;
     --)

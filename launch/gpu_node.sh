@@ -6,6 +6,7 @@
 #
 # Every other argument goes to nag_jax.main. Makes .venv with JAX for CUDA the first time (PYTHON: see environment.sh)
 # and sets the compiler flags of flags.sh. CUDA_VISIBLE_DEVICES chooses among the GPUs. Several machines: slurm.sbatch.
+# --num_processes=1 is for an allocation of SLURM, whose variables would make JAX take one GPU alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
@@ -16,6 +17,7 @@ split_arguments "$@"
 [[ ${#arguments[@]} -gt 0 ]] ||
   fail 2 "no arguments for nag_jax.main. Give at least --config=FILE or --mode; --help lists them."
 
+require nvidia-smi "Install the NVIDIA driver, or take launch/local.sh."
 if [[ $dry_run == no ]]; then
   nvidia-smi --list-gpus >&2 ||
     fail 2 "nvidia-smi finds no GPU here. Install the NVIDIA driver, or take launch/local.sh."
@@ -27,4 +29,4 @@ run prepare run
 run source launch/flags.sh
 run gpu_flags "$job"
 # exec, so that Ctrl-C and SIGTERM reach the run itself.
-run exec .venv/bin/python -m nag_jax.main "${arguments[@]}"
+run exec .venv/bin/python -m nag_jax.main --num_processes=1 "${arguments[@]}"

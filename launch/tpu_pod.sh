@@ -9,7 +9,8 @@
 #             the training data
 #   start     starts nag_jax.main on every worker, in the background; its output goes to ~/nag_jax.log
 #   follow    shows the output of worker 0 as it comes; Ctrl-C ends the showing, not the run
-#   resume    after a preemption: delete, create or queue, install, start; the run goes on from its last checkpoint
+#   resume    after a preemption: delete, create or queue, install, start; the run goes on from its last checkpoint.
+#             It ends there: follow shows the output
 #   delete    deletes the slice. The work folder stays.
 #   all       create or queue, install, start, follow
 #
@@ -22,6 +23,7 @@
 #   --workdir=FOLDER   TPU_POD_WORKDIR         gs://BUCKET/FOLDER, or a folder that all workers have mounted
 #   --config=CONFIG    TPU_POD_CONFIG          config file with options
 #   --data=FOLDER      TPU_POD_DATA            gs:// folder that install copies to ~/data, which is ../data for the run
+#   --cache=FOLDER     JAX_COMPILATION_CACHE_DIR  gs:// folder that keeps compiled programs; otherwise each worker's home
 #   --spot             TPU_POD_SPOT=yes        cheaper, and may be taken away at any time
 #   --queued           TPU_POD_QUEUED=yes      all, resume and delete go through the queue
 #   --dry-run                                  print every command and run none
@@ -103,9 +105,11 @@ start_run() {
   need --workdir "$workdir" "Give the work folder, such as --workdir=gs://BUCKET/runs/nag."
   [[ $workdir == gs://* || $workdir == /* ]] ||
     fail 2 "--workdir=$workdir is no folder that all workers see. Give gs://BUCKET/FOLDER, or a mounted one from / on."
+  local cache_variable=""
+  if [[ -n "$cache" ]]; then cache_variable=" JAX_COMPILATION_CACHE_DIR=$(quote "$cache")"; fi
   on_workers all "set -e; if kill -0 \$(cat nag_jax.pid 2>/dev/null) 2>/dev/null; \
 then echo 'nag_jax runs here already' >&2; exit 1; fi; \
-cd nag_jax; . launch/flags.sh; tpu_flags; export NAG_JAX_EXTRA=tpu; \
+cd nag_jax; . launch/flags.sh; tpu_flags; export NAG_JAX_EXTRA=tpu$cache_variable; \
 nohup ./launch/local.sh $(quote_all "--config=$config" "--workdir=$workdir" ${arguments[@]+"${arguments[@]}"}) \
 >../nag_jax.log 2>&1 </dev/null & echo \$! >~/nag_jax.pid"
 }
@@ -159,6 +163,7 @@ version=${TPU_POD_VERSION:-}
 workdir=${TPU_POD_WORKDIR:-}
 config=${TPU_POD_CONFIG:-}
 data=${TPU_POD_DATA:-}
+cache=${JAX_COMPILATION_CACHE_DIR:-}
 spot=${TPU_POD_SPOT:-no}
 queued=${TPU_POD_QUEUED:-no}
 arguments=()
@@ -172,6 +177,7 @@ while [[ $# -gt 0 ]]; do
     --workdir=*) workdir=${1#*=} ;;
     --config=*) config=${1#*=} ;;
     --data=*) data=${1#*=} ;;
+    --cache=*) cache=${1#*=} ;;
     --spot) spot=yes ;;
     --queued) queued=yes ;;
     --dry-run) dry_run=yes ;;

@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
         plan_devices(TOPOLOGY.value)
         return
 
-    from nag_jax import compilation_cache, hosts
+    from nag_jax import compilation_cache, gpus, hosts
 
     hosts.start(
         COORDINATOR_ADDRESS.value,
@@ -101,6 +101,7 @@ def main(arguments: list[str]) -> None:
         PROCESS_ID.value,
         stops_at_one_step=MODE.value == "train",
     )
+    gpus.warn_of_idle_gpus()
     compilation_cache.use()
     if MODE.value == "encode":
         if CHECKPOINT.value or WORKDIR.value:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,14 +20,14 @@ from nag_jax.data import latent_shards
 from nag_jax.data.catalogue import data_folder, find_builder
 from nag_jax.denoiser import LatentSpace
 from nag_jax.errors import UserError
-from nag_jax.jobs.drawing import sampling_batch_size
 from nag_jax.jobs.evaluate import make_methods
-from nag_jax.jobs.experiment import commit, version
+from nag_jax.jobs.experiment import commit, compiler_flags, version
 from nag_jax.jobs.plan_programs import (
     Program,
     compile_sampling,
     compile_training,
     memory_limit,
+    parameter_bytes,
     report,
     state_bytes,
 )
@@ -40,7 +40,7 @@ from nag_jax.plan.search import Attempt, largest_fitting
 from nag_jax.plan.topologies import LOCAL, Topology, open_topology
 from nag_jax.progress import stage
 
-MOST_COMPILATIONS = 6  # in the search of a batch size, and in that of settings that fit
+MOST_COMPILATIONS = 6  # in the search of a batch size
 # From what keeps most to what keeps least.
 REMAT_ORDER = ("none", "dots", "dots_flash", "dots_no_batch", "full")
 
@@ -162,6 +162,7 @@ def plan_conditions(config: Config, description: ModelDescription, topology: Top
         "network": to_dict(description),
         "config": to_dict(config),
         "versions": {package: version(package) for package in ("jax", "jaxlib", "libtpu", "flax")},
+        "compiler_flags": compiler_flags(),
         "commit": commit(),
     }
 
@@ -189,7 +190,7 @@ def make_plan(config: Config, description: ModelDescription, topology: Topology)
         | report(program, topology),
     }
     content["largest_batch"] = None if limit is None else largest_batch(config, description, topology, program)
-    content["suggestion"] = None if program.fits(topology) else suggest(config, description, topology)
+    content["suggestion"] = None if program.fits(topology) else suggest(config, description, topology, program)
     content["sampling"] = plan_sampling(config, description, topology)
     return content
 
@@ -234,49 +235,97 @@ def largest_batch(
     return {"fits": largest.fits * unit, "too_large": too_large, "compilations": len(known)}
 
 
-def suggest(config: Config, description: ModelDescription, topology: Topology) -> dict[str, Any] | None:
-    """The first of `alternatives` that fits, compiled; None if none of the first few does."""
+def suggest(
+    config: Config, description: ModelDescription, topology: Topology, first: Program
+) -> dict[str, Any] | None:
+    """What fits instead of `config`, compiled: the first of `alternatives`, or the last of them with fewer rows.
+
+    Args:
+        config: the settings.
+        description: the network.
+        topology: the devices.
+        first: the program of `config`, which does not fit.
+
+    Returns:
+        Settings and report; where nothing fits, those of the smallest batch that was tried; None if nothing was, for
+        not even the state fits.
+    """
+    split = split_over_all(config, len(topology.devices))
+    state = state_bytes(split, description, make_mesh(split.parallel, topology.devices))
     limit = memory_limit(topology)
-    compilations = 0
-    for candidate in alternatives(config, len(topology.devices), description.model.attention):
-        mesh = make_mesh(candidate.parallel, topology.devices)
-        if limit is not None and state_bytes(candidate, description, mesh) > limit:
-            continue
-        if compilations == MOST_COMPILATIONS:
-            return None
-        compilations += 1
-        changed = settings(candidate)
-        with stage(f"trying {', '.join(f'{key} {value}' for key, value in changed.items())}"):
+    if limit is None or state > limit:
+        return None
+
+    def compile_rows(candidate: Config, batch_size: int) -> Program:
+        candidate = dataclasses.replace(candidate, batch_size=batch_size)
+        with stage(f"trying {', '.join(f'{key} {value}' for key, value in settings(candidate).items())}"):
             # The network is described again: its rematerialisation is part of it.
             model = dataclasses.replace(description.model, remat=candidate.model.remat)
             described = dataclasses.replace(description, model=model)
-            program = compile_training(candidate, described, topology)
+            return compile_training(candidate, described, topology)
+
+    candidate, program = config, first
+    for candidate in alternatives(config, len(topology.devices), description.model.attention):
+        program = compile_rows(candidate, config.batch_size)
         if program.fits(topology):
-            return changed | report(program, topology)
-    return None
+            return settings(candidate) | report(program, topology)
+    unit = len(topology.devices) // config.parallel.tensor * config.optimizer.accumulation_steps
+    batch_size, program = smaller_batch(
+        lambda size: compile_rows(candidate, size), config.batch_size, unit, program, topology, state
+    )
+    return settings(candidate) | {"batch_size": batch_size} | report(program, topology)
+
+
+def smaller_batch(
+    compile_batch: Callable[[int], Program],
+    batch_size: int,
+    unit: int,
+    first: Program,
+    topology: Topology,
+    fixed_bytes: float,
+) -> tuple[int, Program]:
+    """The largest batch below `batch_size` that is seen to fit, and its program; if none does, the smallest tried.
+
+    Args:
+        compile_batch: compiles for a batch.
+        batch_size: one that does not fit.
+        unit: what batches must be multiples of.
+        first: the program of `batch_size`.
+        topology: devices whose memory is known.
+        fixed_bytes: what each needs for no rows.
+    """
+    programs = {batch_size // unit: first}
+
+    def attempt(multiple: int) -> Attempt:
+        program = programs[multiple] = compile_batch(multiple * unit)
+        return Attempt(program.fits(topology), program.needed_bytes)
+
+    known = {batch_size // unit: Attempt(False, first.needed_bytes)}
+    limit = memory_limit(topology)
+    assert limit is not None
+    largest = largest_fitting(attempt, known, limit=limit, fixed_bytes=fixed_bytes, max_attempts=MOST_COMPILATIONS)
+    found = largest.fits or min(programs)
+    return found * unit, programs[found]
+
+
+def split_over_all(config: Config, num_devices: int) -> Config:
+    """`config` with parameters split over all devices, but for those of the tensor axis."""
+    parallel = dataclasses.replace(config.parallel, data=1, fsdp=num_devices // config.parallel.tensor)
+    return dataclasses.replace(config, parallel=parallel)
 
 
 def alternatives(config: Config, num_devices: int, attention: str) -> Iterator[Config]:
-    """Settings that need less memory than `config`, the cheapest change first.
+    """Settings that need less memory than `config` for the same batch, the cheapest change first.
 
-    Parameters split over all devices, which costs communication that partly hides; then keeping less for the backward
-    pass, which costs up to a third more operations; then both with ever smaller batches.
+    Parameters split over all devices, which costs communication that partly hides; then keeping less and less for the
+    backward pass besides, which costs up to a third more operations.
     """
-    rows = num_devices // config.parallel.tensor
-    split = dataclasses.replace(config.parallel, data=1, fsdp=rows)
-    layouts = (split,) if config.parallel.fsdp == rows else (split, config.parallel)
+    split = split_over_all(config, num_devices)
     weaker = REMAT_ORDER[REMAT_ORDER.index(config.model.remat) :]
     policies = [policy for policy in weaker if policy != "dots_flash" or attention != "xla"]
-    unit = rows * config.optimizer.accumulation_steps
-    largest = config.batch_size // unit * unit
-    tries = [(parallel, remat, largest) for remat in policies for parallel in layouts]
-    while largest:
-        largest = largest // 2 // unit * unit
-        tries.append((split, policies[-1], largest))
-    for parallel, remat, batch_size in tries:
-        model = dataclasses.replace(config.model, remat=remat)
-        candidate = dataclasses.replace(config, parallel=parallel, model=model, batch_size=batch_size or 1)
-        if batch_size and candidate != config:
+    for remat in policies:
+        candidate = dataclasses.replace(split, model=dataclasses.replace(config.model, remat=remat))
+        if candidate != config:
             yield candidate
 
 
@@ -296,5 +345,45 @@ def plan_sampling(config: Config, description: ModelDescription, topology: Topol
         "left_out": left_out,
         "stepper": config.sampling.stepper,
         "num_steps": config.sampling.num_steps,
-        "batch_size": sampling_batch_size(config, make_mesh(config.parallel, topology.devices)),
+        "batch_size": program.images,
+        "suggestions": [] if program.fits(topology) else suggest_sampling(config, description, topology, program),
     } | report(program, topology)
+
+
+def suggest_sampling(
+    config: Config, description: ModelDescription, topology: Topology, first: Program
+) -> list[dict[str, Any]]:
+    """The largest batch of samples that fits as the config splits parameters, and with all of them split, compiled.
+
+    Args:
+        config: the settings.
+        description: the network.
+        topology: the devices.
+        first: the sampler of `config`, which does not fit.
+
+    Returns:
+        Settings and report of each layout whose parameters fit; where no batch does, those of the smallest that was
+        tried.
+    """
+    methods = {name: method for name, method in make_methods(config).items() if not method.needs_estimator}
+    limit, suggestions = memory_limit(topology), []
+    split = split_over_all(config, len(topology.devices))
+    for layout in (config,) if split == config else (config, split):
+        mesh = make_mesh(layout.parallel, topology.devices)
+        fixed = parameter_bytes(description, mesh)
+        if limit is None or fixed > limit:
+            continue
+
+        def compile_batch(size: int, layout: Config = layout) -> Program:
+            sampling = dataclasses.replace(layout.sampling, batch_size=size)
+            smaller = dataclasses.replace(layout, sampling=sampling)
+            with stage(f"trying to sample with batch {size}, fsdp {layout.parallel.fsdp}"):
+                return compile_sampling(smaller, description, topology, methods)[1]
+
+        size = first.images
+        program = first if layout == config else compile_batch(size)
+        if not program.fits(topology):
+            unit = mesh.shape["data"] * mesh.shape["fsdp"]
+            size, program = smaller_batch(compile_batch, size, unit, program, topology, fixed)
+        suggestions.append(settings(layout) | {"batch_size": size} | report(program, topology))
+    return suggestions

@@ -27,7 +27,7 @@ from nag_jax.parallel import batch_sharding, check_batch_size, make_mesh, param_
 from nag_jax.plan.collectives import Collective, find_collectives, summarize
 from nag_jax.plan.roofline import roofline
 from nag_jax.plan.topologies import Topology
-from nag_jax.training.step import jit_train_step
+from nag_jax.training.step import jit_train_step, several_steps
 
 _GIBI = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -65,6 +65,7 @@ class Program:
         compile_seconds: wall time on this machine.
         flops: operations of all devices together, counted by `nag_jax.flops`: what is rematerialised counts once.
         moved_bytes: what each device has to read and write at least; 0 if it was not compiled.
+        images: how many it trains on, or makes.
     """
 
     memory: Memory | None
@@ -73,6 +74,7 @@ class Program:
     compile_seconds: float
     flops: float
     moved_bytes: float
+    images: int
 
     def fits(self, topology: Topology) -> bool:
         """Whether it fits on the topology's devices; where their memory is not known, whether it compiled."""
@@ -99,8 +101,13 @@ def state_bytes(config: Config, description: ModelDescription, mesh: Any) -> int
     return sum(_shard_bytes(leaf, place) for leaf, place in _zip_leaves(state, param_shardings(mesh, state)))
 
 
+def parameter_bytes(description: ModelDescription, mesh: Any) -> int:
+    """Bytes of the parameters alone on each device. Nothing is compiled."""
+    return sum(_shard_bytes(leaf, leaf.sharding) for leaf in jax.tree.leaves(_abstract_params(description, mesh)))
+
+
 def compile_training(config: Config, description: ModelDescription, topology: Topology) -> Program:
-    """Compiles the training step.
+    """Compiles the training step, or so many as `parallel.steps_per_dispatch` runs at once.
 
     Raises:
         UserError: the mesh or the batch does not fit the devices' number, or the network cannot be made.
@@ -113,12 +120,22 @@ def compile_training(config: Config, description: ModelDescription, topology: To
         "parallel.data x parallel.fsdp x optimizer.accumulation_steps",
     )
     state = _abstract_state(config, description)
-    step = jit_train_step(
-        step_function(config, description), mesh, param_shardings(mesh, state), batch_sharding(mesh)
+    function = step_function(config, description)
+    batches: Any = training_batch(config, description)
+    steps = config.parallel.steps_per_dispatch
+    if steps > 1:
+        function, batches = several_steps(function), (batches,) * steps
+    step = jit_train_step(function, mesh, param_shardings(mesh, state), batch_sharding(mesh))
+    lowered = step.lower(state, batches, _abstract_key())  # type: ignore[attr-defined]
+    images = steps * config.batch_size
+    return _compile(
+        lowered,
+        images * flops.dit_training(description.model, description.sample_shape),
+        images=images,
+        runs=steps,
+        writes=steps,
+        argument_bytes=state_bytes(config, description, mesh),
     )
-    lowered = step.lower(state, training_batch(config, description), _abstract_key())  # type: ignore[attr-defined]
-    operations = config.batch_size * flops.dit_training(description.model, description.sample_shape)
-    return _compile(lowered, operations, runs=1, argument_bytes=state_bytes(config, description, mesh))
 
 
 def training_batch(config: Config, description: ModelDescription) -> dict[str, jax.ShapeDtypeStruct]:
@@ -152,13 +169,7 @@ def compile_sampling(
     """
     mesh = make_mesh(config.parallel, topology.devices)
     place = batch_sharding(mesh)
-    params = jax.eval_shape(lambda key: init_params(description.network(), key), _abstract_key())
-    params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        params,
-        param_shardings(mesh, params),
-    )
-    denoiser: Denoiser = description.denoiser(params)
+    denoiser: Denoiser = description.denoiser(_abstract_params(description, mesh))
     original = denoiser if any(method.needs_original for method in methods.values()) else None
     samplers = make_samplers(config, denoiser, methods, original=original)
     name = max(samplers, key=lambda name: samplers[name].evaluations_per_image[name])
@@ -170,10 +181,15 @@ def compile_sampling(
             jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=place),
             jax.ShapeDtypeStruct((batch_size,), jnp.uint32, sharding=place),
         )
-    operations = batch_size * flops.dit_sampling(description.model, description.sample_shape, evaluations)
-    # Every row of the sampler reads the parameters and goes through its temporaries again.
-    held = sum(_shard_bytes(leaf, leaf.sharding) for leaf in jax.tree.leaves(params))
-    return name, _compile(lowered, operations, runs=samplers[name].num_rows, argument_bytes=held)
+    return name, _compile(
+        lowered,
+        batch_size * flops.dit_sampling(description.model, description.sample_shape, evaluations),
+        images=batch_size,
+        # Every row of the sampler reads the parameters and goes through its temporaries again.
+        runs=samplers[name].num_rows,
+        writes=1,
+        argument_bytes=parameter_bytes(description, mesh),
+    )
 
 
 def report(program: Program, topology: Topology) -> dict[str, Any]:
@@ -182,6 +198,7 @@ def report(program: Program, topology: Topology) -> dict[str, Any]:
         "fits": program.fits(topology),
         "needed_bytes": program.needed_bytes,
         "flops": program.flops,
+        "images": program.images,
         "compile_seconds": program.compile_seconds,
     }
     if program.memory is None:
@@ -204,15 +221,18 @@ def report(program: Program, topology: Topology) -> dict[str, Any]:
     return content
 
 
-def _compile(lowered: jax.stages.Lowered, operations: float, *, runs: int, argument_bytes: int) -> Program:
-    """Compiles; `runs` is how often the temporaries are filled and the arguments read."""
+def _compile(
+    lowered: jax.stages.Lowered, operations: float, *, images: int, runs: int, writes: int, argument_bytes: int
+) -> Program:
+    """Compiles; arguments are read and temporaries filled `runs` times, results written `writes` times."""
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Program(None, needed_bytes(str(error), argument_bytes), (), time.perf_counter() - start, operations, 0.0)
+        needed = needed_bytes(str(error), argument_bytes)
+        return Program(None, needed, (), time.perf_counter() - start, operations, 0.0, images)
     seconds = time.perf_counter() - start
     analysis: Any = compiled.memory_analysis()
     memory = Memory(
@@ -222,9 +242,9 @@ def _compile(lowered: jax.stages.Lowered, operations: float, *, runs: int, argum
         code=analysis.generated_code_size_in_bytes,
     )
     # At least: arguments are read, outputs written, and what lives in between is written and read.
-    moved = runs * (memory.arguments + 2 * memory.temporaries) + analysis.output_size_in_bytes
+    moved = runs * (memory.arguments + 2 * memory.temporaries) + writes * analysis.output_size_in_bytes
     collectives = find_collectives(compiled.as_text() or "")
-    return Program(memory, memory.total, collectives, seconds, operations, moved)
+    return Program(memory, memory.total, collectives, seconds, operations, moved, images)
 
 
 def needed_bytes(message: str, argument_bytes: int) -> float | None:
@@ -250,6 +270,15 @@ def _abstract_key() -> Any:
 
 def _abstract_state(config: Config, description: ModelDescription) -> Any:
     return jax.eval_shape(lambda key: fresh_state(config, description, key), _abstract_key())
+
+
+def _abstract_params(description: ModelDescription, mesh: Any) -> Any:
+    params = jax.eval_shape(lambda key: init_params(description.network(), key), _abstract_key())
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        params,
+        param_shardings(mesh, params),
+    )
 
 
 def _zip_leaves(one: Any, other: Any) -> Any:

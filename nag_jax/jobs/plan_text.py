@@ -16,22 +16,25 @@ def table(plan: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     limit = "not known" if plan["memory_limit"] is None else size_text(plan["memory_limit"])
     training, sampling = plan["training"], plan["sampling"]
+    together = training["images"] // training["batch_size"]
+    several = f", {together} steps in a program" if together > 1 else ""
     too_much = plan["memory_limit"] is not None and training["state_bytes"] > plan["memory_limit"]
     lines = [
         f"{plan['topology']}: {plan['device_kind']} x{plan['devices']} ({mesh}), memory of each {limit}",
         "",
-        f"training, batch {training['batch_size']}, remat {training['remat']}",
+        f"training, batch {training['batch_size']}, remat {training['remat']}{several}",
         *program_lines(training),
         f"  {'state alone':<22}{size_text(training['state_bytes'])}{', more than a device has' if too_much else ''}",
     ]
     if (line := training.get("roofline")) is not None:
         steps = training["num_steps"]
-        hidden, bare = (duration_text(steps * line[key]) for key in ("seconds", "seconds_without_overlap"))
+        hidden, bare = (duration_text(steps / together * line[key]) for key in ("seconds", "seconds_without_overlap"))
         lines.append(f"  {f'all {steps:,} steps':<22}{hidden} to {bare}")
     if (largest := plan["largest_batch"]) is not None:
         lines.append(f"  {'largest batch':<22}{largest_words(largest)}")
     if not training["fits"]:
-        lines += ["", *suggestion_lines(plan["suggestion"])]
+        tried = [plan["suggestion"]] if plan["suggestion"] is not None else []
+        lines += ["", *suggestion_lines(tried, "batch_size", ("model.remat",))]
     if sampling is not None:
         lines += [
             "",
@@ -39,6 +42,8 @@ def table(plan: dict[str, Any]) -> str:
             f"{sampling['method']}",
             *program_lines(sampling),
         ]
+        if not sampling["fits"]:
+            lines += ["", *suggestion_lines(sampling["suggestions"], "sampling.batch_size")]
     lines += ["", "Times are roofline estimates: peak products, full bandwidth. A real run is slower."]
     return "\n".join(lines)
 
@@ -70,7 +75,7 @@ def program_lines(program: dict[str, Any]) -> list[str]:
     return [
         *lines,
         f"  {'time, estimated':<22}{hidden} to {bare}: {each}",
-        f"  {'images a second':<22}{program['batch_size'] / line['seconds']:.4g} at best",
+        f"  {'images a second':<22}{program['images'] / line['seconds']:.4g} at best",
         f"  {'lost to communication':<22}{least:.0%} where it hides behind the rest, {most:.0%} where it does not",
     ]
 
@@ -84,14 +89,27 @@ def largest_words(largest: dict[str, Any]) -> str:
     return f"{largest['fits']} fits, {largest['too_large']} does not"
 
 
-def suggestion_lines(suggestion: dict[str, Any] | None) -> list[str]:
-    """What to set where the config does not fit."""
-    if suggestion is None:
-        return ["Nothing that was tried fits. Choose more devices, or a smaller network."]
-    keys = ("parallel.data", "parallel.fsdp", "parallel.tensor")
-    flags = [f"--config.{key}={suggestion[key.partition('.')[2]]}" for key in keys]
-    flags += [f"--config.model.remat={suggestion['remat']}", f"--config.batch_size={suggestion['batch_size']}"]
-    return ["What fits: " + " ".join(flags), *program_lines(suggestion)]
+def suggestion_lines(tried: list[dict[str, Any]], batch_key: str, keys: tuple[str, ...] = ()) -> list[str]:
+    """What to set where the config does not fit.
+
+    Args:
+        tried: settings with the reports of their programs; where some fit, the others are left out.
+        batch_key: the config's key of "batch_size".
+        keys: keys to set besides the mesh and the batch.
+    """
+    if not tried:
+        return ["Nothing smaller was tried. Choose more devices, or a smaller network."]
+    lines: list[str] = []
+    for each in [one for one in tried if one["fits"]] or tried[-1:]:
+        names = ("parallel.data", "parallel.fsdp", "parallel.tensor", *keys)
+        flags = [f"--config.{name}={each[name.partition('.')[2]]}" for name in names]
+        setting = " ".join([*flags, f"--config.{batch_key}={each['batch_size']}"])
+        if not each["fits"]:
+            lines.append(f"The smallest that was tried does not fit: {setting}")
+            lines += [*program_lines(each), "Choose more devices, or a smaller network."]
+        else:
+            lines += [f"{'Or' if lines else 'What fits'}: {setting}", *program_lines(each)]
+    return lines
 
 
 def size_text(num_bytes: float) -> str:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,25 +107,33 @@ def test_latents_that_are_not_there_are_those_of_stable_diffusion():
         plan.describe_network(dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, image_size=60)))
 
 
+def test_a_plan_is_of_the_flags_that_the_compiler_is_given(monkeypatch: pytest.MonkeyPatch):
+    topology, description = plan.open_plan(dataclasses.replace(TINY, batch_size=1), "local")
+
+    def folder() -> str:
+        return plan.folder_name(topology, plan.plan_conditions(TINY, description, topology))
+
+    without = folder()
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "--xla_some_flag=true")
+            assert folder() != without
+    assert folder() == without
+
+
 def test_remat_policies_are_ordered_all():
     assert sorted(plan.REMAT_ORDER) == sorted(REMAT_POLICIES)
 
 
-def test_alternatives_split_first_then_keep_less_then_take_fewer():
+def test_alternatives_split_first_then_keep_less():
     config = dataclasses.replace(TINY, batch_size=64, model=dataclasses.replace(TINY.model, remat="dots"))
     tried = [(c.parallel.fsdp, c.model.remat, c.batch_size) for c in plan.alternatives(config, 16, "xla")]
-    assert tried == [
-        (16, "dots", 64),
-        (16, "dots_no_batch", 64),
-        (1, "dots_no_batch", 64),
-        (16, "full", 64),
-        (1, "full", 64),
-        (16, "full", 32),
-        (16, "full", 16),
-    ]
+    assert tried == [(16, "dots", 64), (16, "dots_no_batch", 64), (16, "full", 64)]
     halves = dataclasses.replace(config, parallel=ParallelConfig(tensor=2))
     for candidate in plan.alternatives(halves, 16, "xla"):
-        assert (candidate.parallel.data, candidate.parallel.fsdp, candidate.parallel.tensor) in ((1, 8, 2), (-1, 1, 2))
+        assert (candidate.parallel.data, candidate.parallel.fsdp, candidate.parallel.tensor) == (1, 8, 2)
+    least = dataclasses.replace(config, parallel=ParallelConfig(data=1, fsdp=16))
+    assert list(plan.alternatives(dataclasses.replace(least, model=ModelConfig(remat="full")), 16, "xla")) == []
 
 
 @pytest.mark.parametrize(("attention", "is_suggested"), [("xla", False), ("cudnn", True), ("pallas", True)])
@@ -134,38 +143,114 @@ def test_to_keep_a_fused_attention_is_suggested_only_where_there_is_one(attentio
 
 
 class SmallMachine:
-    """Stands in for compilation: a device needs `bytes_per_row` for each of its rows, and all its state."""
+    """Stands in for compilation: a device needs `bytes_per_row` for each of its rows, and all its state.
+
+    Rematerialisation leaves a part of the bytes of a row. To sample, the parameters are a quarter of the state.
+    """
 
     def __init__(self, bytes_per_row: float, limit: float):
         chip = dataclasses.replace(CHIPS["v5e"], hbm_bytes=limit)
         devices = tuple(SimpleNamespace(device_kind="made up", platform="cpu") for _ in range(16))
         self.topology = Topology("made up", devices, chip)
         self.bytes_per_row = bytes_per_row
+        self.batches: list[int] = []
 
     def compile(self, config: Config, *_: object) -> Program:
         parts = {"none": 1.0, "dots": 0.5, "dots_no_batch": 0.25, "full": 0.125}
-        state = 1600 // config.parallel.fsdp
-        rows = config.batch_size / 16 * self.bytes_per_row * parts[config.model.remat]
-        memory = Memory(arguments=state, outputs=0, temporaries=int(rows), code=0)
-        return Program(memory, memory.total, (), 0.0, 1e12, 1.0)
+        return self.program(1600 // config.parallel.fsdp, config.batch_size, parts[config.model.remat])
+
+    def sample(self, config: Config, description: object, topology: object, methods: dict) -> tuple[str, Program]:
+        return next(iter(methods)), self.program(400 // config.parallel.fsdp, config.sampling.batch_size, 1.0)
+
+    def program(self, fixed: int, batch_size: int, part: float) -> Program:
+        self.batches.append(batch_size)
+        rows = batch_size / 16 * self.bytes_per_row * part
+        memory = Memory(arguments=fixed, outputs=0, temporaries=int(rows), code=0)
+        return Program(memory, memory.total, (), 0.0, 1e12, 1.0, batch_size)
 
 
 @pytest.fixture
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> SmallMachine:
     machine = SmallMachine(bytes_per_row=100.0, limit=500.0)
     monkeypatch.setattr(plan, "compile_training", machine.compile)
-    mesh = SimpleNamespace(shape={"data": 1, "fsdp": 16, "tensor": 1})
-    monkeypatch.setattr(plan, "make_mesh", lambda *_: mesh)
+
+    def mesh(parallel: ParallelConfig, _: object) -> SimpleNamespace:
+        return SimpleNamespace(shape={"data": 16 // parallel.fsdp, "fsdp": parallel.fsdp, "tensor": 1})
+
+    monkeypatch.setattr(plan, "make_mesh", mesh)
     monkeypatch.setattr(plan, "state_bytes", lambda config, *_: 1600 // config.parallel.fsdp)
+    monkeypatch.setattr(plan, "compile_sampling", machine.sample)
+    monkeypatch.setattr(plan, "parameter_bytes", lambda _, mesh: 400 // mesh.shape["fsdp"])
     return machine
+
+
+def suggestion(machine: SmallMachine, config: Config) -> dict[str, Any] | None:
+    """The suggestion for a config that does not fit, and in `machine.batches` the batches that were compiled for it."""
+    first = machine.compile(config)
+    assert not first.fits(machine.topology)
+    machine.batches.clear()
+    return plan.suggest(config, plan.describe_network(config), machine.topology, first)
 
 
 def test_the_first_alternative_that_fits_is_suggested(small_machine: SmallMachine):
     """1600 bytes of state fit only if split: 100 a device, which leaves 400 for 8 rows of at most 50 bytes."""
     config = dataclasses.replace(TINY, batch_size=128)
-    suggestion = plan.suggest(config, plan.describe_network(config), small_machine.topology)
-    assert suggestion is not None
-    assert (suggestion["fsdp"], suggestion["remat"], suggestion["batch_size"]) == (16, "dots", 128)
+    found = suggestion(small_machine, config)
+    assert found is not None and found["fits"]
+    assert (found["fsdp"], found["remat"], found["batch_size"]) == (16, "dots", 128)
+
+
+@pytest.mark.parametrize(("batch_size", "largest"), [(1024, 512), (16 * 512, 512), (16 * 4096, 512)])
+def test_where_no_setting_fits_the_batch_that_would_is_found(small_machine: SmallMachine, batch_size, largest):
+    """400 bytes are left for rows of 12.5 at least: 32 on each of sixteen devices, whatever was asked for."""
+    found = suggestion(small_machine, dataclasses.replace(TINY, batch_size=batch_size))
+    assert found is not None and found["fits"]
+    assert (found["fsdp"], found["remat"], found["batch_size"]) == (16, "full", largest)
+    assert [size for size in small_machine.batches if size != batch_size] == [largest, largest + 64]
+
+
+def test_of_settings_that_need_least_already_the_batch_is_searched(small_machine: SmallMachine):
+    model = dataclasses.replace(TINY.model, remat="full")
+    parallel = ParallelConfig(data=1, fsdp=16)
+    found = suggestion(small_machine, dataclasses.replace(TINY, batch_size=1024, model=model, parallel=parallel))
+    assert found is not None and (found["fits"], found["batch_size"]) == (True, 512)
+
+
+def test_where_nothing_fits_the_smallest_that_was_tried_is_named(small_machine: SmallMachine):
+    """One row for each device is the least; with rows 100 times as large it does not fit either."""
+    small_machine.bytes_per_row *= 100
+    found = suggestion(small_machine, dataclasses.replace(TINY, batch_size=128))
+    assert found is not None and not found["fits"]
+    assert found["batch_size"] == min(small_machine.batches) == 16
+
+
+def test_a_state_that_fits_in_no_layout_is_not_compiled(small_machine: SmallMachine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "state_bytes", lambda *_: 501)
+    assert suggestion(small_machine, dataclasses.replace(TINY, batch_size=1024)) is None
+    assert small_machine.batches == []
+
+
+def test_a_sampler_that_does_not_fit_gets_a_smaller_batch_or_split_parameters(small_machine: SmallMachine):
+    """400 bytes of parameters leave 100 for one row of a device; split they are 25, which leave 475 for four."""
+
+    def planned(batch_size: int) -> dict[str, Any]:
+        sampling = dataclasses.replace(TINY.sampling, batch_size=batch_size)
+        config = dataclasses.replace(TINY, sampling=sampling)
+        found = plan.plan_sampling(config, plan.describe_network(config), small_machine.topology)
+        assert found is not None
+        return found
+
+    assert planned(16)["fits"] and planned(16)["suggestions"] == []
+    tried = planned(64)
+    assert not tried["fits"] and tried["batch_size"] == 64
+    assert [(one["fits"], one["fsdp"], one["batch_size"]) for one in tried["suggestions"]] == [
+        (True, 1, 16),
+        (True, 16, 64),
+    ]
+    assert [one["batch_size"] for one in planned(1024)["suggestions"]] == [16, 64]
+    small_machine.bytes_per_row *= 100
+    small_machine.batches.clear()
+    assert [(one["fits"], one["batch_size"]) for one in planned(64)["suggestions"]] == [(False, 16), (False, 16)]
 
 
 def test_the_largest_batch_is_a_multiple_of_the_devices(small_machine: SmallMachine):

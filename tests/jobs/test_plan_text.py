@@ -5,6 +5,7 @@ from nag_jax.jobs.plan_text import duration_text, size_text, table
 PROGRAM = {
     "fits": True,
     "batch_size": 8,
+    "images": 8,
     "needed_bytes": 3 * 2**30,
     "flops": 2e12,
     "memory": {"arguments": 2**30, "outputs": 0, "temporaries": 2**31, "code": 0, "total": 3 * 2**30},
@@ -55,14 +56,42 @@ def test_a_plan_that_fits():
     assert "What fits" not in text
 
 
+def test_a_program_of_several_steps_takes_so_many_times_as_long_as_one():
+    several = PLAN["training"] | {"images": 4 * 8}
+    text = table(PLAN | {"training": several})
+    assert "training, batch 8, remat dots, 4 steps in a program" in text
+    assert "images a second       64 at best" in text
+    assert "all 72,000 steps      2.5 h to 3.75 h" in text
+
+
 def test_a_plan_that_does_not_fit_says_what_would():
-    failed = {"fits": False, "batch_size": 64, "needed_bytes": 2**35, "flops": 1.0, "remat": "none", "state_bytes": 1}
+    failed = {"fits": False, "batch_size": 64, "images": 64, "needed_bytes": 2**35, "flops": 1.0}
+    failed |= {"remat": "none", "state_bytes": 1}
     settings = {"data": 1, "fsdp": 4, "tensor": 1, "remat": "full", "batch_size": 8}
     largest = {"fits": 0, "too_large": 4, "compilations": 6}
     text = table(PLAN | {"training": failed, "suggestion": PROGRAM | settings, "largest_batch": largest})
     assert "it would need 32.00 GiB" in text and "none; 4 is too large" in text
+    assert "not estimated" in text  # the suggestion comes without a roofline here
     assert "--config.parallel.fsdp=4" in text and "--config.model.remat=full --config.batch_size=8" in text
-    assert "Nothing that was tried fits" in table(PLAN | {"training": failed})
+    assert "Nothing smaller was tried. Choose more devices" in table(PLAN | {"training": failed})
+    smallest = failed | settings | {"batch_size": 4}
+    text = table(PLAN | {"training": failed, "suggestion": smallest, "largest_batch": largest})
+    assert "smallest that was tried does not fit: --config.parallel.data=1 --config.parallel.fsdp=4" in text
+    assert "--config.batch_size=4\n" in text and "Choose more devices" in text and "What fits" not in text
     assert "more than a device has" not in text
     assert "32.00 GiB, more than a device has" in table(PLAN | {"training": failed | {"state_bytes": 2**35}})
-    assert "not estimated" in text  # the suggestion comes without a roofline here
+
+
+def test_a_sampler_that_does_not_fit_says_what_would():
+    mesh = {"data": 4, "fsdp": 1, "tensor": 1}
+    failed = {"fits": False, "images": 64, "batch_size": 64, "needed_bytes": 2**35, "flops": 1.0}
+    asked = failed | {"num_steps": 3, "stepper": "euler", "method": "plain"}
+    suggestions = [PROGRAM | mesh | {"batch_size": 16}, PROGRAM | mesh | {"data": 1, "fsdp": 4, "batch_size": 64}]
+    text = table(PLAN | {"sampling": asked | {"suggestions": suggestions}})
+    flags = "--config.parallel.data={} --config.parallel.fsdp={} --config.parallel.tensor=1"
+    assert f"What fits: {flags.format(4, 1)} --config.sampling.batch_size=16\n" in text
+    assert f"Or: {flags.format(1, 4)} --config.sampling.batch_size=64\n" in text
+    text = table(PLAN | {"sampling": asked | {"suggestions": [suggestions[0], failed | mesh | {"batch_size": 8}]}})
+    assert "batch_size=16\n" in text and "batch_size=8\n" not in text
+    text = table(PLAN | {"sampling": asked | {"suggestions": [failed | mesh | {"batch_size": 8}]}})
+    assert f"The smallest that was tried does not fit: {flags.format(4, 1)} --config.sampling.batch_size=8\n" in text

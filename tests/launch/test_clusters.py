@@ -140,9 +140,32 @@ def test_a_gpu_machine_is_set_up_and_runs_the_main_command(tools: Tools) -> None
         ["prepare", "run"],
         ["source", "launch/flags.sh"],
         ["gpu_flags", "sample"],
-        ["exec", ".venv/bin/python", "-m", "nag_jax.main", "--mode=sample", AWKWARD],
+        ["exec", ".venv/bin/python", "-m", "nag_jax.main", "--num_processes=1", "--mode=sample", AWKWARD],
     ]
-    assert ["gpu_flags", "train"] in tools.dry_run("launch/gpu_node.sh", "--config=a.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "job"),
+    [
+        (["--config=a.py"], "train"),
+        (["--mode=train"], "train"),
+        (["--mode", "sample", "--config=a.py"], "sample"),
+        (["-mode", "evaluate"], "sample"),
+        (["-mode=compare"], "sample"),
+        (["--mode=sample", "--mode=train"], "train"),
+        (["--mode=noise_shift"], "train"),
+        (["--mode", "encode"], "train"),
+        (["--workdir", "sample"], "train"),
+    ],
+)
+@pytest.mark.parametrize("script", ["launch/gpu_node.sh", "launch/slurm.sbatch"])
+def test_flags_are_those_of_what_the_mode_mostly_computes(
+    tools: Tools, script: str, arguments: list[str], job: str
+) -> None:
+    commands = tools.dry_run(script, *arguments)
+    assert ["gpu_flags", job] in commands
+    (main,) = [command for command in commands if "nag_jax.main" in command]
+    assert main[-len(arguments) :] == arguments
 
 
 def test_a_machine_without_gpus_is_refused_before_anything_is_installed(tools: Tools) -> None:
@@ -150,6 +173,11 @@ def test_a_machine_without_gpus_is_refused_before_anything_is_installed(tools: T
     result = tools.run("launch/gpu_node.sh", "--config=a.py")
     assert result.returncode == 2
     assert "nvidia-smi finds no GPU" in result.stderr and "launch/local.sh" in result.stderr
+    (tools.bin / "nvidia-smi").unlink()
+    result = tools.run("launch/gpu_node.sh", "--config=a.py")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "nvidia-smi is not on PATH" in line and "launch/local.sh" in line
 
 
 @pytest.mark.parametrize("script", ["launch/gpu_node.sh", "launch/slurm.sbatch"])
@@ -320,7 +348,7 @@ def test_the_variables_stand_in_for_the_flags(tools: Tools) -> None:
 
 
 LOCAL = """#!/bin/bash
-printf '%s\\n' "$NAG_JAX_EXTRA" "$LIBTPU_INIT_ARGS" "$@"
+printf '%s\\n' "$NAG_JAX_EXTRA" "$LIBTPU_INIT_ARGS" "${JAX_COMPILATION_CACHE_DIR-none}" "$@"
 [[ ! -e ../waits ]] || exec sleep 60
 touch ../done
 """
@@ -354,10 +382,19 @@ def test_arguments_arrive_on_a_worker_as_they_were_given(tools: Tools, tmp_path:
     (start,) = tools.dry_run("launch/tpu_pod.sh", "start", *POD, *RUN, "--", AWKWARD)
     result = worker.run(remote(start))
     assert result.returncode == 0, result.stderr
-    extra, compiler_flags, *arguments = worker.output()
-    assert extra == "tpu"
+    extra, compiler_flags, cache, *arguments = worker.output()
+    assert (extra, cache) == ("tpu", "none")
     assert compiler_flags == flags("tpu_flags")["LIBTPU_INIT_ARGS"]
     assert arguments == [*RUN, AWKWARD]
+
+
+def test_compiled_programs_are_kept_in_the_bucket_if_it_is_named(tools: Tools, tmp_path: Path) -> None:
+    worker, folder = Worker(tmp_path / "worker"), "gs://bucket/it's compiled"
+    (by_flag,) = tools.dry_run("launch/tpu_pod.sh", "start", *POD, *RUN, f"--cache={folder}")
+    assert tools.dry_run("launch/tpu_pod.sh", "start", *POD, *RUN, JAX_COMPILATION_CACHE_DIR=folder) == [by_flag]
+    result = worker.run(remote(by_flag))
+    assert result.returncode == 0, result.stderr
+    assert worker.output()[2:] == [folder, *RUN]
 
 
 def test_a_worker_gets_a_checkout_and_an_environment(tools: Tools, tmp_path: Path) -> None:
@@ -443,6 +480,23 @@ def test_a_workload_is_submitted_with_its_whole_command(tools: Tools) -> None:
     assert (bash, option) == ("bash", "-c")
     assert "tpu_flags" in line and "NAG_JAX_EXTRA=tpu" in line
     assert shlex.split(line)[-4:] == ["./launch/local.sh", *RUN, AWKWARD]
+
+
+def test_a_container_keeps_compiled_programs_in_the_bucket_if_it_is_named(tools: Tools) -> None:
+    arguments = [*CLUSTER, *RUN, "--type=v6e-16", "--cache=gs://bucket/my programs"]
+    (command,) = tools.dry_run("launch/gke_xpk.sh", "create", *arguments)
+    line = shlex.split(command[-1].removeprefix("--command="))[2]
+    assert "JAX_COMPILATION_CACHE_DIR=gs://bucket/my programs" in shlex.split(line.replace(";", " "))
+
+
+def test_an_image_of_this_folder_has_what_git_tracks_and_nothing_else() -> None:
+    """With a tracked file missing, results would name their commit with "+changes"."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    assert patterns[0] == "*"
+    kept = {pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")}
+    assert kept == {line.partition("/")[0] for line in tracked.splitlines()} | {".git"}
 
 
 def test_an_image_takes_the_place_of_this_folder(tools: Tools) -> None:

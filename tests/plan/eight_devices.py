@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nag_jax.config import Config
+from nag_jax.config import Config, SamplingConfig
 from nag_jax.data.sources import DataConfig
 from nag_jax.diffusion.objective import Objective
-from nag_jax.jobs.plan_programs import compile_training, state_bytes, training_batch
+from nag_jax.jobs.methods import make_method
+from nag_jax.jobs.plan_programs import compile_sampling, compile_training, state_bytes, training_batch
 from nag_jax.jobs.train import fresh_state
 from nag_jax.loading import describe
 from nag_jax.models.dit import ModelConfig
@@ -27,6 +28,7 @@ CONFIG = Config(
     data=DataConfig(image_size=8),
     model=ModelConfig(depth=2, hidden_size=128, num_heads=2, patch_size=2),
     objective=Objective(label_dropout=0.1, noise_dropout=0.1),
+    sampling=SamplingConfig(num_steps=3, batch_size=16),
 )
 
 
@@ -75,12 +77,18 @@ def main():
     larger = dataclasses.replace(CONFIG, batch_size=64)
     programs = {
         "data": compile_training(CONFIG, description, local),
+        "data_two_steps": compile_training(split(CONFIG, steps_per_dispatch=2), description, local),
         "fsdp": compile_training(split(CONFIG, fsdp=8), description, local),
         "fsdp_large_batch": compile_training(split(larger, fsdp=8), description, local),
         "all": compile_training(split(CONFIG, fsdp=2, tensor=2), description, local),
     }
     report |= {name: summarize(program.collectives) for name, program in programs.items()}
     report["arguments"] = {name: program.memory.arguments for name, program in programs.items()}
+    report["flops"] = {name: program.flops for name, program in programs.items()}
+    report["moved_bytes"] = {name: program.moved_bytes for name, program in programs.items()}
+    methods = {"cfg+nag": make_method("cfg+nag", CONFIG.sampling)}
+    _, sampler = compile_sampling(CONFIG, description, local, methods)
+    report["sampling"] = summarize(sampler.collectives)
     batch = training_batch(CONFIG, description)
     report["batch_bytes"] = sum(math.prod(each.shape) * each.dtype.itemsize for each in batch.values())
     print(json.dumps(report))

@@ -206,3 +206,19 @@ def test_the_compiler_plans_the_state_of_a_device_among_its_arguments(eight, mes
     """And its rows of the batch, which is split over data x fsdp."""
     expected = eight[state[0]][state[1]] + eight["batch_bytes"] // rows
     assert 0 <= eight["arguments"][mesh] - expected <= 1024
+
+
+@pytest.mark.serial
+def test_devices_that_all_have_the_parameters_sample_without_a_word_to_each_other(eight):
+    assert eight["sampling"] == {}
+
+
+@pytest.mark.serial
+def test_a_program_of_two_steps_does_everything_twice(eight):
+    """It takes two batches, and one state."""
+    one, two = eight["data"]["all-reduce"], eight["data_two_steps"]["all-reduce"]
+    assert two["bytes"] == 2 * one["bytes"]
+    assert eight["flops"]["data_two_steps"] == 2 * eight["flops"]["data"]
+    assert eight["moved_bytes"]["data_two_steps"] >= 2 * eight["moved_bytes"]["data"]
+    added = eight["arguments"]["data_two_steps"] - eight["arguments"]["data"]
+    assert added == eight["batch_bytes"] // 8

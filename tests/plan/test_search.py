@@ -46,6 +46,18 @@ def test_linear_memory_is_found_in_a_few_attempts():
     assert found.fits >= 80 and attempts <= 4
 
 
+def test_a_compiler_that_understates_what_is_missing_is_not_followed_one_by_one():
+    """It says a twentieth less of what does not fit, so that the line meets the limit too late every time."""
+
+    class Understating(Machine):
+        def attempt(self, size: int) -> Attempt:
+            fits, needed = super().attempt(size)
+            return Attempt(fits, needed if fits else max(0.95 * needed, self.limit))
+
+    found, attempts = Understating(fixed=0.0, slope=0.1, limit=100.0).search(8000)
+    assert found.fits >= 1000 * 7 / 8 and attempts <= 4
+
+
 def test_it_ends_after_so_many_attempts():
     found, attempts = Machine(fixed=0.0, slope=1e-9, limit=1.0).search(1, max_attempts=2)
     assert attempts == 2 and found == Largest(8, None)
