@@ -338,7 +338,7 @@ def environment() -> dict[str, Any]:
 
 
 def compiler_flags() -> dict[str, str]:
-    """The variables that change what is compiled, as far as they are set."""
+    """The variables of `COMPILER_FLAGS` that are set."""
     return {name: os.environ[name] for name in COMPILER_FLAGS if os.environ.get(name)}
 
 

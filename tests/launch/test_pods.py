@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shlex
+import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from nag_jax import flops
+from nag_jax.config import from_config_dict
+from nag_jax.jobs.methods import make_method
 from nag_jax.models.vae import VaeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,11 +37,23 @@ def test_hours_of_training_are_steps_times_the_roofline_time_of_a_step(machine: 
     assert f"{tuned.num_steps:,} steps" in TEXT and f"{scratch.num_steps:,} steps" in TEXT
 
 
-def test_hours_of_sampling_are_those_of_eight_evaluations_a_step():
+def evaluations_of(methods: tuple[str, ...]) -> dict[str, int]:
+    """Network evaluations a step by method, where all guidance is on."""
+    sampling = from_config_dict(config("sit_xl2,nag")).sampling
+    return {name: len(make_method(name, sampling).guidance.branches) for name in methods}
+
+
+def test_hours_of_sampling_are_those_of_each_runs_methods():
+    """The cell is of CFG + NAG with all parameters on every chip, as step 5 samples."""
     cell = CELLS["sampling XL/2 v5e-16 fsdp 1"]
     assert cell["batch_size"] == config("sit_xl2").sampling.batch_size
-    hours = 50_000 / cell["batch_size"] * cell["roofline"]["seconds"] * 8 / 3 / 3600
-    assert f"| {hours:.1f} on v5e-16 (*estimate from below*)" in TEXT
+    runs = [config(options).eval.methods for options in ("sit_xl2,nag,finetune", "sit_xl2,finetune")]
+    nag, control = (evaluations_of(methods) for methods in runs)
+    assert " + ".join(map(str, nag.values())) in TEXT and set(control) == {"plain", "cfg"}
+    hour = 50_000 / cell["batch_size"] * cell["roofline"]["seconds"] / nag["cfg+nag"] / 3600
+    hours = [f"{sum(each.values()) * hour:.1f}" for each in (nag, control)]
+    assert f"{hours[0]} for NAG's four and {hours[1]} for the control's two on v5e-16" in TEXT
+    assert len(nag) == 4 and len(control) == 2
     assert f"{cell['roofline']['seconds']:.1f} s at best for 64 images" in TEXT
 
 
@@ -47,12 +63,84 @@ def test_minutes_lost_to_a_stop_are_those_between_two_checkpoints():
     assert re.search(rf"\({every:,}\) steps back: {least:.0f} to {most:.0f} minutes", TEXT)
 
 
-def test_the_commands_have_the_meshes_of_the_tables():
+STAND_INS = """
+gcloud() { :; }
+pip() { :; }
+python() { printf 'python|%s|%s\\n' "${LIBTPU_INIT_ARGS:-}" "$*"; }
+pod() { ./launch/tpu_pod.sh "$1" --dry-run "${@:2}"; }
+"""
+
+
+class Run(NamedTuple):
+    """A run that tpu_pod.sh would start: the slice, and what the workers' shell would read."""
+
+    name: str
+    words: list[str]
+
+
+@pytest.fixture(scope="module")
+def printed() -> list[str]:
+    """What the steps print where gcloud does nothing and tpu_pod.sh only says what it would run.
+
+    After the last step come, as it says, those of steps 4 and 5 again, from the first call of the script on.
+    """
+    steps = TEXT[TEXT.index("## The steps") :].split("```bash\n")[1].split("```")[0]
+    again = steps[steps.index("./launch/tpu_pod.sh all") : steps.index("# 6.")]
+    lines = (steps + again).replace("./launch/tpu_pod.sh", "pod").replace("./launch/gpu_node.sh", "python")
+    environment = {"PATH": "/usr/bin:/bin"}
+    command = ["bash", "-euc", STAND_INS + lines]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def runs(printed: list[str]) -> list[Run]:
+    commands = [shlex.split(line) for line in printed if "launch/local.sh" in line]
+    return [Run(words[5], shlex.split(words[-1].removeprefix("--command="))) for words in commands]
+
+
+def test_each_of_the_two_networks_is_trained_and_judged_in_its_own_folder_on_its_own_slice(runs: list[Run]):
+    expected = [("nag", "sit_xl2,nag,finetune")] * 2 + [("control", "sit_xl2,finetune")] * 2
+    for run, (name, options) in zip(runs, expected, strict=True):
+        assert run.name == name
+        assert f"--config=configs/imagenet256.py:{options}" in run.words
+        assert f"--workdir=gs://my-bucket/runs/{name}" in run.words
+        assert "JAX_COMPILATION_CACHE_DIR=gs://my-bucket/compiled;" in run.words
+    assert ["--mode=evaluate" in run.words for run in runs] == [False, True, False, True]
+
+
+def test_the_commands_have_the_meshes_of_the_tables(runs: list[Run]):
     """Training with fsdp over the sixteen chips; sampling without."""
-    training, sampling = (re.search(rf"tpu_pod.sh {job} -- (?:.*\\\n)*.*", TEXT) for job in ("all", "start"))
-    assert training is not None and "--config.parallel.fsdp=16" in training[0]
-    assert sampling is not None and "--mode=evaluate" in sampling[0] and "fsdp" not in sampling[0]
-    assert "fsdp" not in TEXT[TEXT.index("PLACES=") : training.start()]
+    for run in runs:
+        assert ("--config.parallel.fsdp=16" in run.words) == ("--mode=evaluate" not in run.words)
+
+
+def test_every_slice_that_is_asked_for_is_deleted(printed: list[str]):
+    calls = [shlex.split(line) for line in printed if " queued-resources " in line]
+    made, deleted = ([call[5] for call in calls if call[4] == what] for what in ("create", "delete"))
+    assert made == deleted == ["nag", "control"]
+
+
+def test_it_is_planned_with_the_flags_that_runs_have(printed: list[str]):
+    (planned,) = [line.split("|") for line in printed if line.startswith("python|") and "--mode=plan" in line]
+    flags = subprocess.run(
+        ["bash", "-c", '. launch/flags.sh; tpu_flags; printf "%s" "$LIBTPU_INIT_ARGS"'],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert planned[1] == flags != ""
+    others = [line.split("|") for line in printed if line.startswith("python|") and "--mode=plan" not in line]
+    assert {other[1] for other in others} == {""}
+
+
+def test_it_says_how_the_showing_of_an_output_ends(printed: list[str]):
+    """`all` and `follow` do not return; and while a training runs no evaluation can be started."""
+    assert sum("tail -n +1 -F nag_jax.log" in line for line in printed) == 4
+    assert 'does not end: Ctrl-C once it says "report:"' in TEXT
 
 
 def test_latents_are_two_orientations_of_both_splits():
