@@ -2,12 +2,13 @@
 
 from nag_jax.jobs.plan_text import duration_text, size_text, table
 
+MEMORY = {"arguments": 2**30, "outputs": 0, "temporaries": 2**31, "code": 0, "peak": 5 * 2**29, "total": 3 * 2**30}
 PROGRAM = {
     "fits": True,
     "batch_size": 8,
     "needed_bytes": 5 * 2**29,
     "flops": 2e12,
-    "memory": {"arguments": 2**30, "outputs": 0, "temporaries": 2**31, "code": 0, "peak": 5 * 2**29, "total": 3 << 30},
+    "memory": MEMORY,
     "collectives": {"all-reduce": {"count": 2, "bytes": 2**20, "received": 2**21}},
 }
 ROOFLINE = {
