@@ -83,7 +83,7 @@ def fill(cell: Cell) -> dict[str, Any]:
 def table(content: dict[str, Any]) -> str:
     """The cells as a table of Markdown; those that were not compiled stand with the reason."""
     lines = [
-        "| network | machine | data x fsdp x tensor | state by theory | arguments | differ by | temporaries | all |",
+        "| network | machine | data x fsdp x tensor | state by theory | arguments | more by | temporaries | at once |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cell in CELLS:
@@ -96,19 +96,18 @@ def table(content: dict[str, Any]) -> str:
 
 
 def numbers(found: dict[str, Any], theory: float) -> list[str]:
-    """Arguments, their difference from theory, temporaries and the sum of a cell."""
+    """Arguments, their difference from theory, temporaries, and what a cell needs at once."""
     if "error" in found:
         return ["", "", "", str(found["error"])]
     if "memory" not in found:
         asked = found["needed_bytes"]
         return ["", "", "", "does not fit" if asked is None else f"does not fit ({asked / GIB:.1f})"]
     memory = found["memory"]
-    too_much = "" if found["fits"] else ": does not fit"
     return [
         f"{memory['arguments'] / GIB:.2f}",
         f"{memory['arguments'] / theory - 1:.2%}",
         f"{memory['temporaries'] / GIB:.2f}",
-        f"{memory['total'] / GIB:.2f}{too_much}",
+        f"{memory['peak'] / GIB:.2f}",
     ]
 
 

@@ -29,7 +29,7 @@ from nag_jax.plan.roofline import roofline
 from nag_jax.plan.topologies import Topology
 from nag_jax.training.step import jit_train_step, several_steps
 
-_GIBI = {"K": 2**10, "M": 2**20, "G": 2**30}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,15 @@ class Memory:
         outputs: what comes out beyond the arguments that are written over.
         temporaries: what lives in between, at its largest.
         code: the program.
+        peak: of all this, what is needed at once at most; less than `total` where temporaries are not all there at the
+            same time. It is what the TPU compiler compares with what a device has.
     """
 
     arguments: int
     outputs: int
     temporaries: int
     code: int
+    peak: int
 
     @property
     def total(self) -> int:
@@ -60,7 +63,7 @@ class Program:
 
     Attributes:
         memory: None if the compiler says that it does not fit.
-        needed_bytes: `memory.total`, or what the compiler says that it would have needed; None if it does not say.
+        needed_bytes: `memory.peak`, or what the compiler says that it would have needed; None if it does not say.
         collectives: what the devices exchange; empty if it was not compiled.
         compile_seconds: wall time on this machine.
         flops: operations of all devices together, counted by `nag_jax.flops`: what is rematerialised counts once.
@@ -77,9 +80,15 @@ class Program:
     images: int
 
     def fits(self, topology: Topology) -> bool:
-        """Whether it fits on the topology's devices; where their memory is not known, whether it compiled."""
+        """Whether it fits on the topology's devices.
+
+        The TPU compiler refuses what does not. Others refuse nothing, so all parts together must not be more than the
+        device has, if that is known.
+        """
+        if self.memory is None or topology.devices[0].platform == "tpu":
+            return self.memory is not None
         limit = memory_limit(topology)
-        return self.memory is not None and (limit is None or self.memory.total <= limit)
+        return limit is None or self.memory.total <= limit
 
 
 def memory_limit(topology: Topology) -> float | None:
@@ -134,7 +143,6 @@ def compile_training(config: Config, description: ModelDescription, topology: To
         images=images,
         runs=steps,
         writes=steps,
-        argument_bytes=state_bytes(config, description, mesh),
     )
 
 
@@ -188,7 +196,6 @@ def compile_sampling(
         # Every row of the sampler reads the parameters and goes through its temporaries again.
         runs=samplers[name].num_rows,
         writes=1,
-        argument_bytes=parameter_bytes(description, mesh),
     )
 
 
@@ -221,9 +228,7 @@ def report(program: Program, topology: Topology) -> dict[str, Any]:
     return content
 
 
-def _compile(
-    lowered: jax.stages.Lowered, operations: float, *, images: int, runs: int, writes: int, argument_bytes: int
-) -> Program:
+def _compile(lowered: jax.stages.Lowered, operations: float, *, images: int, runs: int, writes: int) -> Program:
     """Compiles; arguments are read and temporaries filled `runs` times, results written `writes` times."""
     start = time.perf_counter()
     try:
@@ -231,8 +236,7 @@ def _compile(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = needed_bytes(str(error), argument_bytes)
-        return Program(None, needed, (), time.perf_counter() - start, operations, 0.0, images)
+        return Program(None, needed_bytes(str(error)), (), time.perf_counter() - start, operations, 0.0, images)
     seconds = time.perf_counter() - start
     analysis: Any = compiled.memory_analysis()
     memory = Memory(
@@ -240,28 +244,28 @@ def _compile(
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,
+        peak=analysis.peak_memory_in_bytes,
     )
     # At least: arguments are read, outputs written, and what lives in between is written and read.
     moved = runs * (memory.arguments + 2 * memory.temporaries) + writes * analysis.output_size_in_bytes
     collectives = find_collectives(compiled.as_text() or "")
-    return Program(memory, memory.total, collectives, seconds, operations, moved, images)
+    return Program(memory, memory.peak, collectives, seconds, operations, moved, images)
 
 
-def needed_bytes(message: str, argument_bytes: int) -> float | None:
-    """What a program would have needed.
+def needed_bytes(message: str) -> float | None:
+    """What a program would have needed at once, arguments and outputs included.
 
     Args:
-        message: of the compiler, of too little memory.
-        argument_bytes: of the program's arguments, which the message leaves out where it counts temporaries alone.
+        message: of the compiler, of too little memory. What it calls temporaries is everything.
 
     Returns:
         Bytes on each device, or None if the message does not say.
     """
-    if everything := re.search(r"Used ([\d.]+)([KMG])\b", message):
-        return float(everything[1]) * _GIBI[everything[2]]
-    if temporaries := re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", message):
-        return float(temporaries[1]) * _GIBI[temporaries[2]] + argument_bytes
-    return None
+    found = re.search(r"Used ([\d.]+)([KMGT])\b|HLO temporaries \(([\d.]+)([KMGT])\)", message)
+    if found is None:
+        return None
+    number, unit = found.group(1, 2) if found[1] else found.group(3, 4)
+    return float(number) * _UNITS[unit]
 
 
 def _abstract_key() -> Any:
