@@ -127,7 +127,7 @@ def numbers(found: dict[str, Any]) -> list[str]:
     line = found["roofline"]
     hidden, bare = line["communication_share"]
     return [
-        f"{found['memory']['total'] / GIB:.2f}",
+        f"{found['needed_bytes'] / GIB:.2f}",
         f"{found['received_bytes'] / GIB:.2f}",
         f"{1e3 * line['seconds']:.1f} to {1e3 * line['seconds_without_overlap']:.1f}",
         f"{hidden:.0%} to {bare:.0%}",
