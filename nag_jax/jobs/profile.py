@@ -26,7 +26,7 @@ class StepProfiler:
         self.steps = steps if is_first() else ()
         self.folder = workdir / "profile"
         self.is_tracing = False
-        if self.steps and "://" in str(workdir):
+        if steps and "://" in str(workdir):
             raise UserError(f"log.profile_steps writes a trace, and {workdir} is no local folder. Leave it empty.")
 
     def before(self, step: int) -> None:
