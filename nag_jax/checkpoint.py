@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from etils import epath
 
 from nag_jax.denoiser import Params
 from nag_jax.errors import NagJaxError, UserError
-from nag_jax.hosts import from_first
+from nag_jax.hosts import from_first, leave
 from nag_jax.parallel import path_name
 from nag_jax.training.state import TrainState
 
@@ -83,7 +84,10 @@ class Checkpoints:
         else:
             # A save that was killed leaves a temporary folder, which is never listed as a step and is removed here.
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, keep_period=keep_every_steps or None, cleanup_tmp_directories=True
+                max_to_keep=keep,
+                keep_period=keep_every_steps or None,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(barrier_sync_fn=self._wait_for_others),
             )
         with _without_warnings() if read_only else contextlib.nullcontext():
             self._manager = _Manager(self.directory, options=options)
@@ -243,11 +247,25 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            kept = ", ".join(map(str, self.steps())) or "none"
-            raise NagJaxError(
-                f"A checkpoint could not be written to {self.directory} ({_first_line(error)}). Is the disk full? "
-                f"Complete checkpoints there: {kept}."
-            ) from error
+            raise self._failed_write(error) from error
+
+    def _failed_write(self, error: BaseException) -> NagJaxError:
+        kept = ", ".join(map(str, self.steps())) or "none"
+        return NagJaxError(
+            f"A checkpoint could not be written to {self.directory} ({_first_line(error)}). Is the disk full? "
+            f"Complete checkpoints there: {kept}."
+        )
+
+    def _wait_for_others(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier between the processes of a save, for its threads; a process whose save failed leaves here.
+
+        After an error orbax comes to its last barrier too, and would wait there for the others, who wait at an earlier
+        one for this process, until its limit for a save: twenty minutes.
+        """
+        error = sys.exc_info()[1]
+        if error is not None and jax.process_count() > 1:
+            leave(self._failed_write(error))
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -287,6 +305,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

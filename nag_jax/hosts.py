@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -115,13 +115,12 @@ def check_arguments(given: dict[str, Any]) -> None:
 
 
 def _give_up(waited_for: str, timeout: int) -> None:
-    print(
-        f"error: {waited_for} did not answer within {timeout} s. Start all processes at about the same time, each with "
-        "another --process_id and with the same --coordinator_address, which every host must reach.",
-        file=sys.stderr,
-        flush=True,
+    leave(
+        UserError(
+            f"{waited_for} did not answer within {timeout} s. Start all processes at about the same time, each with "
+            "another --process_id and with the same --coordinator_address, which every host must reach."
+        )
     )
-    os._exit(UserError.exit_code)  # the main thread hangs in the connection
 
 
 def is_first() -> bool:
@@ -206,15 +205,20 @@ def is_loss_of_a_process(error: BaseException | None) -> bool:
     return error is not None
 
 
-def leave_after_loss(error: BaseException) -> None:
-    """Ends this process at once, with a message: the others cannot be waited for."""
-    print(
-        f"error: another process of this job has ended ({_first_line(error)}); see its own messages. "
-        "Start all processes again: the same command goes on from what is saved.",
-        file=sys.stderr,
-        flush=True,
+def leave_after_loss(error: BaseException) -> NoReturn:
+    """Leaves with a message that says so: the others cannot be waited for."""
+    leave(
+        NagJaxError(
+            f"another process of this job has ended ({_first_line(error)}); see its own messages. "
+            "Start all processes again: the same command goes on from what is saved."
+        )
     )
-    os._exit(NagJaxError.exit_code)
+
+
+def leave(error: NagJaxError) -> NoReturn:
+    """Ends this process at once with the error's message, from any thread, whatever the others wait for."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
 
 
 def _first_line(error: BaseException) -> str:

@@ -126,6 +126,7 @@ def main(arguments: list[str]) -> None:
     checkpoint = epath.Path(CHECKPOINT.value) if CHECKPOINT.value else workdir
     is_training = MODE.value == "train"
     config = from_config_dict(CONFIG.value) if is_training else config_of_trained(checkpoint)
+    check_same_command(config, workdir, checkpoint)
     if DRY_RUN.value:
         methods = (compare if MODE.value == "compare" else evaluate).make_methods(config)
         needs_data = evaluate.needs_data(config) if MODE.value in ("train", "evaluate") else MODE.value != "sample"
@@ -154,6 +155,7 @@ def evaluate_images(samples: str, reference: str) -> None:
 
     config = from_config_dict(CONFIG.value)
     workdir = epath.Path(WORKDIR.value or f"runs/{Path(samples).stem}")
+    check_same_command(config, workdir, samples, reference)
     if DRY_RUN.value:
         print(json.dumps(to_dict(config), indent=2))
         print(evaluate_samples.describe(config, samples, reference, workdir))
@@ -167,6 +169,7 @@ def encode_data() -> None:
     from nag_jax.jobs import encode
 
     config = from_config_dict(CONFIG.value)
+    check_same_command(config)
     if DRY_RUN.value:
         print(json.dumps(to_dict(config), indent=2))
         print(encode.describe(config))
@@ -186,6 +189,15 @@ def plan_devices(topology: str) -> None:
         print(plan.describe_plan(config, topology, workdir))
     else:
         print(f"written: {plan.run(config, topology, workdir)}", flush=True)
+
+
+def check_same_command(config: Config, *folders: epath.PathLike) -> None:
+    """Raises UserError, on all processes of a job, if they were started with different settings."""
+    from nag_jax import hosts, storage
+    from nag_jax.config import to_dict
+
+    command = [MODE.value, DRY_RUN.value, [str(folder) for folder in folders], to_dict(config)]
+    hosts.check_same("--mode, folder or setting", storage.digest(command))
 
 
 def config_of_trained(checkpoint: epath.Path) -> Config:

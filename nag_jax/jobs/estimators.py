@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from nag_jax.data.pipeline import make_batches
 from nag_jax.denoiser import Params
@@ -114,12 +115,13 @@ def prepare(experiment: Experiment, network: TrainedNetwork, role: Role) -> tupl
         return make_estimator(model, experiment.place(stored[0])), stored[1]
 
     start = time.perf_counter()
-    trained = experiment.place(stored[0]) if stored is not None else _train(experiment, network.params, role, model)
-    estimator = make_estimator(model, trained)
+    trained = stored[0] if stored is not None else to_host(_train(experiment, network.params, role, model))
+    # Devices that add up in no fixed order give each process another one, by rounding: the first one's counts.
+    host_params = multihost_utils.broadcast_one_to_all(trained)
+    estimator = make_estimator(model, experiment.place(host_params))
     calibration = None
     if role == "measure":
         calibration = calibrate(estimator, process, experiment.eval_states[0], seed=config.eval.seed)
-    host_params = to_host(trained)
     if is_first():
         save_estimator(folder, role, host_params, calibration, conditions)
     experiment.add_seconds(**{f"estimator ({role})": time.perf_counter() - start})

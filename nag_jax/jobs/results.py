@@ -19,7 +19,7 @@ from nag_jax.data.image_sets import ImageSet, write_image_set
 from nag_jax.diffusion.time_posterior import Estimator
 from nag_jax.errors import UserError
 from nag_jax.figures import sample_grid, shown_samples
-from nag_jax.hosts import check_shared, from_first, is_first, wait_for_all
+from nag_jax.hosts import check_same, check_shared, from_first, is_first, wait_for_all
 from nag_jax.jobs import features
 from nag_jax.jobs.drawing import SHOWN_PER_CLASS, Drawn, images, sample_labels, sampled_network
 from nag_jax.jobs.estimators import Measuring
@@ -138,7 +138,12 @@ def comparable(conditions: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_finished(folder: epath.Path, conditions: dict[str, Any], last_file: str) -> bool:
-    """Whether `folder` holds this result: its last file is there. Raises UserError if it has other conditions."""
+    """Whether `folder` holds this result: its last file is there.
+
+    Raises:
+        UserError: it has other conditions, or the conditions of several processes differ.
+    """
+    check_same("network or set of data", digest(conditions))
     is_there = from_first(lambda: _is_finished(folder, conditions, last_file))
     if is_there:
         finish(folder)  # where a run was killed before it could

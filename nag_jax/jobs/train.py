@@ -31,7 +31,6 @@ from nag_jax.jobs.experiment import (
     Experiment,
     TrainedNetwork,
     check_sampling,
-    config_digest,
     open_training,
 )
 from nag_jax.jobs.goodput import TRAINING, Goodput
@@ -83,7 +82,7 @@ def run(config: Config, workdir: epath.Path, start: float | None = None) -> epat
     experiment = open_run(config, workdir)
 
     # 2. The folder says what it is, and keeps what it starts from.
-    check_same("configuration", config_digest(config))
+    check_same("set of training data", experiment.train_source.fingerprint)
     if config.init_from and not from_first((workdir / ORIGINAL_FOLDER / loading.MODEL_FILE).exists):
         keep_original(experiment)
     if is_first():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -36,10 +37,14 @@ def free_address() -> str:
         return f"localhost:{listener.getsockname()[1]}"
 
 
-def start(runs: Any, workdir: Path, *arguments: str, processes: int = 2, devices: int = 1) -> list[subprocess.Popen]:
+def start(
+    runs: Any, workdir: Path, *arguments: str, processes: int = 2, devices: int = 1, of_last: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """Starts the processes of a job with the same arguments, and the last one with `of_last` too."""
     shared = [f"--coordinator_address={free_address()}", f"--num_processes={processes}", *arguments]
+    own = [[f"--process_id={i}", *(of_last if i == processes - 1 else ())] for i in range(processes)]
     with mock.patch.dict(os.environ, FAST):
-        return [runs.start(workdir, *shared, f"--process_id={i}", devices=devices) for i in range(processes)]
+        return [runs.start(workdir, *shared, *each, devices=devices) for each in own]
 
 
 def start_alone(runs: Any, workdir: Path, *arguments: str) -> list[subprocess.Popen]:
@@ -73,6 +78,21 @@ def assert_same_losses(found: Path, expected: Path, tolerance: float = 1e-4) -> 
         line, other = lines[steps], by_steps[steps]
         for name in ("loss", "grad_norm", "loss/noise_kept", "dropped/label"):
             assert line[name] == pytest.approx(other[name], rel=tolerance), (steps, name)
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    """The same JSON, with numbers that are equal up to rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        expected, found = list(expected.values()), [found[key] for key in expected]
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        for each, other in zip(found, expected, strict=True):
+            assert_close(each, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    else:
+        assert found == expected
 
 
 def result(workdir: Path, name: str) -> dict[str, Any]:
@@ -139,6 +159,58 @@ def test_a_signal_between_a_save_and_the_first_round_stops_all_in_it(tmp_path: P
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         assert output.splitlines()[-1] == f"1 {signal.SIGTERM}"
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_write_ends_them_all(runs, tmp_path: Path):
+    started = start(runs, tmp_path, *LONG, "--config.parallel.fsdp=2")
+    wait_until((tmp_path / "checkpoints/50").is_dir, started)
+    # Its files may not grow longer than a few bytes, as on a full disk.
+    resource.prlimit(started[1].pid, resource.RLIMIT_FSIZE, (100, 100))
+    filled = time.monotonic()
+    said = [process.communicate(timeout=240)[1] for process in started]
+    assert time.monotonic() - filled < 120 and all(process.returncode != 0 for process in started)
+    assert f"error: A checkpoint could not be written to {tmp_path / 'checkpoints'}" in said[1]
+    assert "another process of this job has ended" in said[0] or "another task died" in said[0]
+    finish(start_alone(runs, tmp_path, *LONG))
+    assert read_metrics(tmp_path)[-1]["step"] == 200
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "which"), [(signal.SIGTERM, 1), (signal.SIGKILL, 0)])
+def test_an_interrupted_comparison_goes_on_on_another_number_of_processes(
+    finished: Path, runs, tmp_path: Path, number: signal.Signals, which: int
+):
+    arguments = ["--mode=compare", f"--checkpoint={finished}", "--config.eval.num_samples=400", "--config.eval.name=c"]
+    arguments += ["--config.compare.cfg_scales=(1.0,2.0)", "--config.compare.nag_scales=(0.0,1.0)"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(start_alone(runs, whole, *arguments))
+    started = start(runs, broken, *arguments)
+    wait_until(lambda: len(list(broken.glob("compare/c/blocks/*/*.npz"))) > 4, started)
+    started[which].send_signal(number)
+    sent = time.monotonic()
+    said = [process.communicate(timeout=240)[1] for process in started]
+    assert time.monotonic() - sent < 120 and all(process.returncode != 0 for process in started)
+    other = said[1 - which]
+    assert "another process of this job has ended" in other or "another task died" in other
+    kept = len(list(broken.glob("compare/c/blocks/*/*.npz")))
+    assert kept > 4 and not (broken / "compare/c/compare.json").exists()
+
+    said = finish(start(runs, broken, *arguments, processes=4))
+    one, other = (json.loads((folder / "compare/c/compare.json").read_text()) for folder in (whole, broken))
+    assert_close(other, one)
+    assert not (broken / "compare/c/blocks").exists()
+
+
+@pytest.mark.serial
+def test_another_setting_on_one_host_is_refused_by_all(finished: Path, runs, tmp_path: Path):
+    arguments = ["--mode=sample", f"--checkpoint={finished}", "--config.eval.name=drawn"]
+    started = start(runs, tmp_path / "new", *arguments, of_last=("--config.sampling.nag_scale=3",))
+    for said in finish(started, expect=UserError.exit_code):
+        assert "error: Process(es) 1 have another --mode, folder or setting than process 0." in said
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.serial
@@ -228,6 +300,17 @@ def test_two_processes_take_the_attention_that_the_first_measured_to_be_fastest(
     assert environment["attention"]["sampling on cpu"]["name"] == "xla"
     conditions = json.loads((folder / "sampled-2/samples/drawn/conditions.json").read_text())
     assert conditions["attention"] == "xla"
+
+
+@pytest.mark.serial
+def test_two_processes_measure_and_compare_as_one(pair):
+    folder, _ = pair
+    one, two = (json.loads((folder / f"measured-{n}/noise_shift/drawn/noise_shift.json").read_text()) for n in (1, 2))
+    assert_close(two, one)
+    assert one["methods"].keys() == {"nag"}
+    one, two = (json.loads((folder / f"measured-{n}/compare/drawn/compare.json").read_text()) for n in (1, 2))
+    assert_close(two, one)
+    assert [(entry["cfg_scale"], entry["nag_scale"]) for entry in two["entries"]] == [(1, 0), (1, 1), (2, 0), (2, 1)]
 
 
 @pytest.mark.serial

@@ -6,6 +6,7 @@ address it is a lone process. Output: one line of JSON.
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import jax
@@ -15,10 +16,10 @@ from jax.sharding import PartitionSpec
 
 from nag_jax import hosts, storage
 from nag_jax.autoencoder import made_up_autoencoder, write_autoencoder
-from nag_jax.config import Config, from_config_dict
+from nag_jax.config import CompareConfig, Config, from_config_dict
 from nag_jax.data.sources import DataConfig
 from nag_jax.errors import NagJaxError, UserError
-from nag_jax.jobs import attention_choice, encode, evaluate_samples, image_features, sample
+from nag_jax.jobs import attention_choice, compare, encode, evaluate_samples, image_features, noise_shift, sample
 from nag_jax.metrics.features import from_function
 from nag_jax.models.vae import VaeConfig
 from nag_jax.parallel import ParallelConfig, batch_part, local_part, local_rows, make_mesh, place, shard_batch, to_host
@@ -101,14 +102,32 @@ def measure_attention(which):
     attention_choice.measure = lambda *_, **__: seconds
 
 
-def draw_samples(folder, trained):
+def trained_config(trained, methods):
     config = from_config_dict(storage.read_json(epath.Path(trained) / "config.json"))
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config,
-        eval=dataclasses.replace(config.eval, methods=("nag",), num_samples=30, name="drawn"),
+        eval=dataclasses.replace(config.eval, methods=methods, num_samples=30, name="drawn"),
         sampling=dataclasses.replace(config.sampling, batch_size=8),
+        compare=CompareConfig(cfg_scales=(1.0, 2.0), nag_scales=(0.0, 1.0)),
     )
-    sample.run(config, epath.Path(folder) / f"sampled-{jax.process_count()}", epath.Path(trained))
+
+
+def draw_samples(folder, trained):
+    sample.run(
+        trained_config(trained, ("nag",)), epath.Path(folder) / f"sampled-{jax.process_count()}", epath.Path(trained)
+    )
+
+
+def measure_and_compare(folder, trained):
+    """Both with the estimator and the classifier of the trained network, as its own evaluation left them."""
+    config = trained_config(trained, ("nag",))
+    workdir = epath.Path(folder) / f"measured-{jax.process_count()}"
+    if hosts.is_first():
+        for name in ("estimator", "features"):
+            shutil.copytree(f"{trained}/{name}", workdir / name)
+    hosts.wait_for_all("estimator")
+    noise_shift.run(config, workdir, epath.Path(trained))
+    compare.run(config, workdir, epath.Path(trained))
 
 
 def main(address, which, folder, trained):
@@ -119,6 +138,7 @@ def main(address, which, folder, trained):
     encode_digits(folder)
     measure_attention(which)
     draw_samples(folder, trained)
+    measure_and_compare(folder, trained)
     print(json.dumps(report))
 
 
