@@ -39,6 +39,8 @@ def table(plan: dict[str, Any]) -> str:
             f"{sampling['method']}",
             *program_lines(sampling),
         ]
+        if not sampling["fits"]:
+            lines.append("  Split the parameters with parallel.fsdp, or set a smaller sampling.batch_size.")
     lines += ["", "Times are roofline estimates: peak products, full bandwidth. A real run is slower."]
     return "\n".join(lines)
 

@@ -67,3 +67,9 @@ def test_a_plan_that_does_not_fit_says_what_would():
     assert "more than a device has" not in text
     assert "32.00 GiB, more than a device has" in table(PLAN | {"training": failed | {"state_bytes": 2**35}})
     assert "not estimated" in text  # the suggestion comes without a roofline here
+
+
+def test_sampling_that_does_not_fit_says_what_to_set():
+    failed = {"fits": False, "needed_bytes": 2**35, "flops": 1.0}
+    sampling = failed | {"batch_size": 64, "num_steps": 50, "stepper": "euler", "method": "cfg"}
+    assert "parallel.fsdp" in table(PLAN | {"sampling": sampling}) and "parallel.fsdp" not in table(PLAN)
