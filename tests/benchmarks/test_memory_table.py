@@ -14,7 +14,7 @@ import pytest
 
 from nag_jax.models.dit import ModelConfig, build_model, init_params
 from nag_jax.parallel import SPLIT_COLUMNS, SPLIT_ROWS
-from nag_jax.plan.topologies import CHIPS, topology_name
+from nag_jax.plan.topologies import CHIPS, GIB, topology_name
 
 ROOT = Path(__file__).parents[2]
 RESULTS = json.loads((ROOT / "results/memory_tpu.json").read_text())["cells"]
@@ -38,10 +38,10 @@ def test_the_count_of_parameters_is_that_of_the_network(memory_table, size: str)
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_the_compiler_gives_a_device_the_state_that_theory_says(memory_table, name: str):
-    """What theory leaves out, small parameters that are not split and the batch, is less than 1% more."""
+    """What theory leaves out is less than 2% more: unsplit small parameters, the batch, and the padding of tiles."""
     cell = COMPILED[name]
     theory = memory_table.state_by_theory(cell["size"], cell["fsdp"], cell["tensor"])
-    assert 1.0 <= cell["memory"]["arguments"] / theory < 1.01
+    assert 1.0 <= cell["memory"]["arguments"] / theory < 1.02
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -53,20 +53,22 @@ def test_all_memory_falls_with_every_doubling_of_fsdp(name: str):
         assert double["memory"]["temporaries"] < cell["memory"]["temporaries"]
 
 
-@pytest.mark.parametrize("name", COMPILED)
-def test_what_fits_is_what_is_smaller_than_the_memory_of_a_device(name: str):
-    cell = COMPILED[name]
-    memory = cell["memory"]
-    assert memory["total"] == sum(memory[part] for part in ("arguments", "temporaries", "outputs", "code"))
+@pytest.mark.parametrize("name", RESULTS)
+def test_what_fits_is_what_needs_less_at_once_than_a_device_has(name: str):
+    cell = RESULTS[name]
     chip = CHIPS[topology_name(cell["machine"]).partition(":")[0]].of_one_device()
-    assert cell["fits"] == (memory["total"] <= chip.hbm_bytes)
+    assert cell["fits"] == ("memory" in cell) == (cell["needed_bytes"] <= chip.hbm_bytes)
+    if cell["fits"]:
+        memory = cell["memory"]
+        parts = sum(memory[part] for part in ("arguments", "temporaries", "outputs", "code"))
+        assert memory["arguments"] < memory["peak"] == cell["needed_bytes"] <= memory["total"] == parts
 
 
-def test_what_the_compiler_refused_would_have_needed_more_than_there_is():
-    for cell in RESULTS.values():
-        if "memory" not in cell and "error" not in cell:
-            chip = CHIPS[topology_name(cell["machine"]).partition(":")[0]].of_one_device()
-            assert not cell["fits"] and cell["needed_bytes"] > chip.hbm_bytes
+@pytest.mark.parametrize("name", [name for name in RESULTS if "v5e-16" in name])
+def test_a_refused_program_would_need_what_it_takes_where_it_fits(name: str):
+    """The same step on v5p-32, whose devices have six times the memory: the two compilers' plans differ by little."""
+    other = RESULTS[name.replace("v5e-16", "v5p-32")]
+    assert RESULTS[name]["needed_bytes"] == pytest.approx(other["needed_bytes"], rel=0.1)
 
 
 def test_the_documented_table_is_that_of_the_results():
@@ -74,3 +76,16 @@ def test_the_documented_table_is_that_of_the_results():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert done.stdout in (ROOT / "docs/plan.md").read_text()
+
+
+def test_what_is_said_of_three_billion_parameters_is_that_of_the_results():
+    """Of v5e's meshes one fits, and of v5p's all."""
+    text = (ROOT / "docs/plan.md").read_text()
+    small, large = ({n: c for n, c in RESULTS.items() if f"3B/2 {machine}" in n} for machine in ("v5e-16", "v5p-32"))
+    (fitting,) = (cell for cell in small.values() if cell["fits"])
+    assert fitting["fsdp"] == 16 and all(cell["fits"] for cell in large.values())
+    assert f"at {fitting['needed_bytes'] / GIB:.1f} of 15.75 GiB" in text
+    times = (1e3 * fitting["roofline"][key] for key in ("seconds", "seconds_without_overlap"))
+    assert f"a step takes {' to '.join(f'{time:.0f}' for time in times)} ms at best" in text
+    whole = large["training 3B/2 v5p-32 fsdp 1"]["needed_bytes"] / GIB
+    assert f"plain data-parallel at {whole:.1f} GiB" in text
