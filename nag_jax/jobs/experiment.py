@@ -352,11 +352,15 @@ def version(package: str) -> str | None:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the source tree that runs, with "+changes" if it differs from it; None outside a git checkout."""
+    """The commit of the source tree that runs, with "+changes" if it differs from it; None outside a git checkout.
+
+    What lies in results/ is no source: a benchmark that writes there does not change what it measures next.
+    """
     git = ["git", "-C", str(epath.Path(__file__).parent)]
     try:
         revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        status = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)results"]
+        changes = subprocess.run(status, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return revision.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
