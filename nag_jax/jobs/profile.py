@@ -17,7 +17,8 @@ from nag_jax.hosts import is_first
 class StepProfiler:
     """Traces the steps first, ..., last into WORKDIR/profile, on the first process; a context manager.
 
-    The profiler writes to a local folder alone, so the trace is made in a temporary one and copied when it is complete.
+    A trace holds what devices and runtime do, not Python's calls. The profiler writes to a local folder alone, so it is
+    made in a temporary one and copied when it is complete.
 
     Args:
         steps: (first, last), or nothing for no trace. The first step of a run compiles and is better left out.
@@ -39,7 +40,10 @@ class StepProfiler:
         """To be called before the steps first, ..., last are dispatched together."""
         if self.steps and self.traced_to is None and first <= self.steps[1] and last >= self.steps[0]:
             self.traced_to = Path(tempfile.mkdtemp(prefix="nag_jax_profile_"))
-            jax.profiler.start_trace(str(self.traced_to))
+            options = jax.profiler.ProfileOptions()
+            # Without Python's calls: hooks into all threads made the process crash beside a save (jax 0.10.2).
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self.traced_to), profiler_options=options)
 
     def after(self, last: int, results: Any) -> None:
         """To be called after the steps up to `last` were dispatched; `results` are arrays that they make."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -16,7 +17,8 @@ def traced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """The folders that traces were made in; every trace is one file."""
     folders: list[Path] = []
 
-    def start(folder: str) -> None:
+    def start(folder: str, profiler_options: Any) -> None:
+        assert profiler_options.python_tracer_level == 0, "it crashes beside a save"
         folders.append(Path(folder))
 
     def stop() -> None:
