@@ -20,10 +20,10 @@ from nag_jax.config import Config
 from nag_jax.denoiser import Denoiser
 from nag_jax.jobs.drawing import sampling_batch_size
 from nag_jax.jobs.methods import Method, make_samplers
-from nag_jax.jobs.train import fresh_state, step_function
+from nag_jax.jobs.train import check_batch, fresh_state, step_function
 from nag_jax.loading import ModelDescription
 from nag_jax.models.dit import init_params
-from nag_jax.parallel import batch_sharding, check_batch_size, make_mesh, param_shardings
+from nag_jax.parallel import batch_sharding, make_mesh, param_shardings
 from nag_jax.plan.collectives import Collective, find_collectives, summarize
 from nag_jax.plan.roofline import roofline
 from nag_jax.plan.topologies import Topology
@@ -122,12 +122,7 @@ def compile_training(config: Config, description: ModelDescription, topology: To
         UserError: the mesh or the batch does not fit the devices' number, or the network cannot be made.
     """
     mesh = make_mesh(config.parallel, topology.devices)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    check_batch_size(
-        config.batch_size,
-        parts * config.optimizer.accumulation_steps,
-        "parallel.data x parallel.fsdp x optimizer.accumulation_steps",
-    )
+    check_batch(config, mesh)
     state = _abstract_state(config, description)
     function = step_function(config, description)
     batches: Any = training_batch(config, description)

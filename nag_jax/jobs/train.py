@@ -121,6 +121,7 @@ def open_run(config: Config, workdir: epath.Path) -> Experiment:
         check_resume(from_config_dict(storage.read_json(workdir / CONFIG_FILE)), config)
     experiment = open_training(config, workdir)
     check_batch(config, experiment.mesh)
+    batch_part(experiment.mesh, config.batch_size)  # refuses a mesh on which this process' rows are not in one piece
     check_start(config, workdir)
     check_weights(config)
     step_function(config, experiment.description)  # refuses a network, an objective or a schedule that cannot be
@@ -134,7 +135,6 @@ def open_run(config: Config, workdir: epath.Path) -> Experiment:
 
 def check_batch(config: Config, mesh: Mesh) -> None:
     """Refuses a batch of which a device would not have equally many rows in every micro-batch, in either mode."""
-    batch_part(mesh, config.batch_size)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     check_batch_size(
         config.batch_size,
