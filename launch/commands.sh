@@ -49,7 +49,7 @@ usage() {
 }
 
 # Splits a script's arguments: into those for nag_jax.main, in `arguments`, and --dry-run; `job` is what their --mode
-# mostly computes: sample, where it draws samples, and otherwise train.
+# mostly computes: sample, where it draws samples, and otherwise train; noise_shift trains an estimator.
 # shellcheck disable=SC2034 # both are read by the scripts that source this
 split_arguments() {
   local argument before="" mode=train

@@ -369,7 +369,7 @@ def check_latent(network: LatentSpace | None, data: LatentSpace | None, name: st
 
 
 def computed_as(model: ModelConfig, how: ModelConfig) -> ModelConfig:
-    """`model` computed in the dtype, at the precision and by the attention of `how`; its parameters stay the same."""
+    """`model` computed as `how` is: dtype, precision, rematerialisation, attention; its parameters stay the same."""
     return dataclasses.replace(
         model, dtype=how.dtype, precision=how.precision, remat=how.remat, attention=how.attention
     )

@@ -1,8 +1,8 @@
 """The attention that a job computes by where `model.attention` is "auto": the fastest on its device and shapes.
 
-It is chosen before anything is compiled, and once: environment.json keeps the choice for each job and kind of device,
-so that a resumed run computes as it did and a finished result is read back. What two attentions compute differs by
-rounding. What each needs is `models/attention.py`'s affair.
+It is chosen before the step or the sampler is compiled, and once: environment.json keeps the choice for each job and
+kind of device, so that a resumed run computes as it did and a finished result is read back. What two attentions compute
+differs by rounding. What each needs is `models/attention.py`'s affair.
 """
 
 from __future__ import annotations

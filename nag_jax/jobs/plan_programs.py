@@ -63,7 +63,8 @@ class Program:
 
     Attributes:
         memory: None if the compiler says that it does not fit.
-        needed_bytes: `memory.peak`, or what the compiler says that it would have needed; None if it does not say.
+        needed_bytes: what is compared with what a device has: for TPUs `memory.peak`, or what their compiler says that
+            it would have needed (None if it does not say); for others, whose compilers refuse nothing, `memory.total`.
         collectives: what the devices exchange; empty if it was not compiled.
         compile_seconds: wall time on this machine.
         flops: operations of all devices together, counted by `nag_jax.flops`: what is rematerialised counts once.
@@ -80,15 +81,19 @@ class Program:
     images: int
 
     def fits(self, topology: Topology) -> bool:
-        """Whether it fits on the topology's devices.
+        """Whether it fits on the topology's devices: what was compiled, if less is needed than they are known to have.
 
-        The TPU compiler refuses what does not. Others refuse nothing, so all parts together must not be more than the
-        device has, if that is known.
+        What the TPU compiler accepted fits.
         """
-        if self.memory is None or topology.devices[0].platform == "tpu":
+        if self.memory is None or is_tpu(topology):
             return self.memory is not None
-        limit = memory_limit(topology)
-        return limit is None or self.memory.total <= limit
+        limit, needed = memory_limit(topology), self.needed_bytes
+        return limit is None or needed is None or needed <= limit
+
+
+def is_tpu(topology: Topology) -> bool:
+    """Whether the compiler refuses what does not fit."""
+    return topology.devices[0].platform == "tpu"
 
 
 def memory_limit(topology: Topology) -> float | None:
@@ -134,6 +139,7 @@ def compile_training(config: Config, description: ModelDescription, topology: To
     images = steps * config.batch_size
     return _compile(
         lowered,
+        topology,
         images * flops.dit_training(description.model, description.sample_shape),
         images=images,
         runs=steps,
@@ -186,6 +192,7 @@ def compile_sampling(
         )
     return name, _compile(
         lowered,
+        topology,
         batch_size * flops.dit_sampling(description.model, description.sample_shape, evaluations),
         images=batch_size,
         # Every row of the sampler reads the parameters and goes through its temporaries again.
@@ -223,7 +230,9 @@ def report(program: Program, topology: Topology) -> dict[str, Any]:
     return content
 
 
-def _compile(lowered: jax.stages.Lowered, operations: float, *, images: int, runs: int, writes: int) -> Program:
+def _compile(
+    lowered: jax.stages.Lowered, topology: Topology, operations: float, *, images: int, runs: int, writes: int
+) -> Program:
     """Compiles; arguments are read and temporaries filled `runs` times, results written `writes` times."""
     start = time.perf_counter()
     try:
@@ -244,7 +253,8 @@ def _compile(lowered: jax.stages.Lowered, operations: float, *, images: int, run
     # At least: arguments are read, outputs written, and what lives in between is written and read.
     moved = runs * (memory.arguments + 2 * memory.temporaries) + writes * analysis.output_size_in_bytes
     collectives = find_collectives(compiled.as_text() or "")
-    return Program(memory, memory.peak, collectives, seconds, operations, moved, images)
+    needed = memory.peak if is_tpu(topology) else memory.total
+    return Program(memory, needed, collectives, seconds, operations, moved, images)
 
 
 def needed_bytes(message: str) -> float | None:

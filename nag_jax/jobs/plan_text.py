@@ -57,8 +57,9 @@ def program_lines(program: dict[str, Any]) -> list[str]:
     memory = program["memory"]
     parts = ", ".join(f"{name} {size_text(memory[name])}" for name in ("arguments", "temporaries", "outputs", "code"))
     verdict = "" if program["fits"] else ": does not fit"
+    how = "at once" if needed == memory["peak"] else "together"
     lines = [
-        f"  {'memory of a device':<22}{size_text(memory['peak'])} at once ({parts}){verdict}",
+        f"  {'memory of a device':<22}{size_text(needed)} {how} ({parts}){verdict}",
         f"  {'operations':<22}{program['flops'] / 1e12:.4g} TFLOP, of all devices together",
     ]
     for kind, sums in program["collectives"].items():

@@ -143,7 +143,7 @@ def is_finished(folder: epath.Path, conditions: dict[str, Any], last_file: str) 
     Raises:
         UserError: it has other conditions, or the conditions of several processes differ.
     """
-    check_same("network or set of data", digest(conditions))
+    check_same("network, set of data or device", digest(conditions))
     is_there = from_first(lambda: _is_finished(folder, conditions, last_file))
     if is_there:
         finish(folder)  # where a run was killed before it could

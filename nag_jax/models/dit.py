@@ -89,7 +89,8 @@ class ModelConfig:
         precision: "default" (the platform's) or "highest", of matrix products in float32.
         remat: what the backward pass keeps of a block: "none" (no rematerialisation), "full" (keep nothing),
             "dots" (keep matrix products), "dots_no_batch" (keep those without a batch dimension: all but attention's)
-            or "dots_flash" (these, and the output of a fused attention, cuDNN's or Pallas').
+            or "dots_flash" (these, and the output of a fused attention, cuDNN's or Pallas'). The last three keep the
+            means and variances of norms too.
         scan_blocks: one compiled block scanned over stacked parameters, or `depth` unrolled blocks.
         attention: what computes it: "xla", "cudnn" or "pallas" (see `models/attention.py` for what they need; Pallas'
             compiles for TPUs and was never run on one), or "auto": the fastest on the device, which jobs measure.

@@ -13,8 +13,11 @@ def read(name):
     return json.loads((ROOT / f"results/{name}.json").read_text())
 
 
-GPU, CPU, METRICS, FEATURES = map(read, ("step_gpu", "step_cpu", "metrics_cpu", "features_cpu"))
-BEFORE, NOW = read("gpu_traffic")["runs"]
+GPU, CPU, METRICS, FEATURES, INPUT = map(
+    read, ("step_gpu", "step_cpu", "metrics_cpu", "features_cpu", "input_cpu")
+)
+TRAFFIC = read("gpu_traffic")["runs"]
+BEFORE, NOW = TRAFFIC[0], TRAFFIC[-1]
 
 
 def row(*cells):
@@ -154,6 +157,20 @@ def test_figures_in_the_text():
     products = [f"{call['devices']['jax']['matmul_flops_per_second'] / 1e12:.0f}" for call in (FIRST, SECOND)]
     theirs = f"{SECOND['devices']['torch']['matmul_flops_per_second'] / 1e12:.0f}"
     assert f"{products[0]} and {products[1]} TFLOP/s, PyTorch {theirs}" in DOCUMENT
+
+
+def test_figures_of_the_input():
+    reading, start = INPUT["reading"], INPUT["start"]
+    assert f"{reading['rows_per_second']:,.0f} rows a second" in DOCUMENT
+    assert INPUT["best_step_images_per_second"] == OURS_GPU["images_per_second"]
+    assert f"{reading['rows_per_second'] / OURS_GPU['images_per_second']:.0f} times the" in DOCUMENT
+    assert f"With {start['records']:,} small" in DOCUMENT
+    assert f"{start['seconds_to_first_batch']:.1f} s after opening" in DOCUMENT
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*.json")), ids=lambda file: file.stem)
+def test_results_are_of_source_that_was_committed(file):
+    assert "+changes" not in file.read_text()
 
 
 def test_what_failed_is_documented():

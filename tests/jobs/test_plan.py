@@ -293,9 +293,9 @@ def test_what_the_compiler_says_it_needs(message: str, gibibytes: float | None):
 
 
 def test_the_tpu_compiler_has_the_last_word_and_others_none(small_machine: SmallMachine):
-    """Parts of 600 bytes, of which 400 are needed at once, on a device of 500."""
+    """Parts of 600 bytes on a device of 500."""
     memory = Memory(arguments=200, outputs=0, temporaries=400, code=0, peak=400)
-    program = Program(memory, memory.peak, (), 0.0, 1.0, 1.0, images=1)
+    program = Program(memory, memory.total, (), 0.0, 1.0, 1.0, images=1)
     assert not program.fits(small_machine.topology)
     tpu = dataclasses.replace(small_machine.topology, devices=(SimpleNamespace(platform="tpu"),))
     assert program.fits(tpu) and not dataclasses.replace(program, memory=None).fits(tpu)
