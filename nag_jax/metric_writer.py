@@ -43,10 +43,10 @@ class MetricWriter:
         self._tensorboard = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes one line: {"step": step, name: value, ...}."""
+        """Writes one line: {"step": step, name: value, ...}. Raises NagJaxError if it cannot be written."""
         line = json.dumps({"step": step, **scalars}) + "\n"
         if self._object is None:
-            with self._path.open("a") as file:
+            with storage.explained(self._path), self._path.open("a") as file:
                 file.write(line)
         else:
             self._object.write(line.encode())

@@ -45,9 +45,15 @@ def whole_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
         NagJaxError: the file cannot be written (a full disk, no permission); an old file is left as it was.
     """
     path = epath.Path(path)
+    with explained(path), _sent_when_whole(path) if is_object_store(path) else _renamed_when_whole(path) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def explained(path: epath.PathLike) -> Iterator[None]:
+    """Within the block the system's error, such as that of a full disk, becomes a NagJaxError that names `path`."""
     try:
-        with _sent_when_whole(path) if is_object_store(path) else _renamed_when_whole(path) as file:
-            yield file
+        yield
     except OSError as error:
         reason = error.strerror or error
         raise NagJaxError(f"Cannot write {path}: {reason}. Free space or choose another folder.") from error

@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from nag_jax import metric_writer
+from nag_jax.errors import NagJaxError
 from nag_jax.metric_writer import MetricWriter, read_metrics
 
 
@@ -33,6 +34,18 @@ def test_tensorboard_files_are_written(tmp_path: Path):
     write(tmp_path, 0, range(1, 3), 1.0)
     (event_file,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in event_file.read_bytes()
+
+
+def test_a_full_disk_is_named_and_no_line_before_is_lost(tmp_path: Path):
+    writer = MetricWriter(tmp_path, 0)
+    writer.write(1, {"loss": 1.0})
+    file, kept = tmp_path / "metrics.jsonl", tmp_path / "kept.jsonl"
+    file.rename(kept)
+    file.symlink_to("/dev/full")
+    with pytest.raises(NagJaxError, match=r"Cannot write .*metrics\.jsonl: No space left on device\. Free space"):
+        writer.write(2, {"loss": 1.0})
+    kept.replace(file)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
 def test_no_file_means_no_lines(tmp_path: Path):
