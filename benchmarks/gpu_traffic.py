@@ -22,21 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import step_jax
 from etils import epath
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 from step_variants import NO_TRITON_PRODUCTS, SIZES, Variant
 
 from nag_jax import storage
 from nag_jax.jobs.experiment import environment, version
-from nag_jax.parallel import AXES, batch_sharding, param_shardings, replicated
+from nag_jax.jobs.plan_programs import lower_training
 from nag_jax.plan.hlo import Computation, Instruction, Program, parse, shape_bytes
-from nag_jax.training.ema import decay_per_step
-from nag_jax.training.optimizer import make_optimizer
-from nag_jax.training.state import TrainState, init_state
-from nag_jax.training.step import jit_train_step, make_train_step
+from nag_jax.plan.topologies import Topology
 
 OUTPUT = Path(__file__).resolve().parent.parent / "results/gpu_traffic.json"
 BATCH_SIZE = 128
@@ -141,30 +136,8 @@ def compile_step(depth: int, options: dict[str, Any]) -> Any:
     size = dataclasses.replace(SIZES["full"], depth=depth)
     config = step_jax.make_config(size, Variant("jax", "train", BATCH_SIZE, {"attention": "cudnn", **options}))
     description = step_jax.describe(size, config)
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    mesh = Mesh(np.array(topology.devices).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
-
-    def fresh(key: jax.Array) -> TrainState:
-        return init_state(step_jax.random_params(description, key), optimizer, tuple(config.ema))
-
-    def placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-    state = jax.eval_shape(fresh, jax.random.key(0))
-    shardings = param_shardings(mesh, state)
-    batch = {
-        "moments": jax.ShapeDtypeStruct((BATCH_SIZE, size.side, size.side, 8), np.float16),
-        "label": jax.ShapeDtypeStruct((BATCH_SIZE,), np.int32),
-    }
-    decays = {name: decay_per_step(average, BATCH_SIZE) for name, average in config.ema.items()}
-    step = make_train_step(description.denoiser(), config.objective, optimizer, decays)
-    lowered = jit_train_step(step, mesh, shardings, batch_sharding(mesh)).lower(  # type: ignore[attr-defined]
-        jax.tree.map(placed, state, shardings),
-        {name: placed(array, batch_sharding(mesh)) for name, array in batch.items()},
-        placed(jax.eval_shape(jax.random.key, 1), replicated(mesh)),
-    )
-    return lowered.compile()
+    devices = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices
+    return lower_training(config, description, Topology("h100", tuple(devices), None)).compile()
 
 
 def traffic_of(options: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -60,10 +61,7 @@ class Cell:
 def devices_of(machine: str) -> int:
     """The devices of a machine."""
     generation, _, shape = topology_name(machine).partition(":")
-    chips = 1
-    for side in shape.split("x"):
-        chips *= int(side)
-    return chips * CHIPS[generation].devices
+    return math.prod(map(int, shape.split("x"))) * CHIPS[generation].devices
 
 
 def config_of(cell: Cell, batch_size: int) -> Config:

@@ -21,12 +21,12 @@ from nag_jax.diffusion import guidance
 from nag_jax.diffusion.sampler import Sampler
 from nag_jax.diffusion.stepping import make_stepper
 from nag_jax.jobs import experiment
+from nag_jax.jobs.train import step_function
 from nag_jax.models.dit import init_params, unstack_blocks
 from nag_jax.parallel import batch_sharding, init_sharded, make_mesh, shard_batch
-from nag_jax.training.ema import decay_per_step
 from nag_jax.training.optimizer import make_optimizer
 from nag_jax.training.state import TrainState, init_state
-from nag_jax.training.step import jit_train_step, make_train_step
+from nag_jax.training.step import jit_train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDED_CHANNELS = 3
@@ -103,8 +103,6 @@ def measure_training(size: Size, variant: Variant) -> dict[str, Any]:
         return init_state(random_params(description, key), optimizer, tuple(config.ema))
 
     state, shardings = init_sharded(fresh, mesh, jax.random.key(0))
-    decays = {name: decay_per_step(average, config.batch_size) for name, average in config.ema.items()}
-    step = make_train_step(description.denoiser(), config.objective, optimizer, decays)
     rng = np.random.default_rng(0)
     host_batch = {
         "moments": rng.standard_normal((config.batch_size, size.side, size.side, 8)).astype(np.float16),
@@ -112,7 +110,8 @@ def measure_training(size: Size, variant: Variant) -> dict[str, Any]:
     }
     batch, run_key = shard_batch(mesh, host_batch), jax.random.key(1)
     begin = time.perf_counter()
-    compiled = jit_train_step(step, mesh, shardings, batch_sharding(mesh)).lower(state, batch, run_key).compile()
+    step = jit_train_step(step_function(config, description), mesh, shardings, batch_sharding(mesh))
+    compiled = step.lower(state, batch, run_key).compile()  # type: ignore[attr-defined]
     compile_seconds = time.perf_counter() - begin
 
     metrics: Any = None

@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from nag_jax.errors import NagJaxError, UserError
+from nag_jax.errors import NagJaxError, UserError, first_line
 
 # Seconds. Hosts of a large job come up minutes apart; a host that fails ends the others after at most
 # HEARTBEAT_TIMEOUT where it died, and LEAVING_TIMEOUT where it raised an error that the others did not.
@@ -80,7 +80,7 @@ def start(
         if not is_by_hand and isinstance(error, ValueError) and "coordinator_address" in str(error):
             return  # JAX knows no job around this process
         raise UserError(
-            f"The processes of this job could not be joined ({_first_line(error)}). On several hosts give each "
+            f"The processes of this job could not be joined ({first_line(error)}). On several hosts give each "
             "--coordinator_address=HOST:PORT --num_processes=N --process_id=I; on one alone --num_processes=1."
         ) from error
     finally:
@@ -209,7 +209,7 @@ def leave_after_loss(error: BaseException) -> NoReturn:
     """Leaves with a message that says so: the others cannot be waited for."""
     leave(
         NagJaxError(
-            f"another process of this job has ended ({_first_line(error)}); see its own messages. "
+            f"another process of this job has ended ({first_line(error)}); see its own messages. "
             "Start all processes again: the same command goes on from what is saved."
         )
     )
@@ -219,7 +219,3 @@ def leave(error: NagJaxError) -> NoReturn:
     """Ends this process at once with the error's message, from any thread, whatever the others wait for."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(error.exit_code)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

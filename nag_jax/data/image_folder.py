@@ -15,7 +15,7 @@ from etils import epath
 
 from nag_jax.data.catalogue import split_names
 from nag_jax.data.images import decode_image
-from nag_jax.errors import UserError
+from nag_jax.errors import UserError, first_line
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -45,7 +45,7 @@ class ImageFolder(Sequence[dict[str, Any]]):
         try:
             image = decode_image(path.read_bytes())
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more, whatever the format
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(f"{path} cannot be read as an image ({reason}). Restore it, or delete it.") from error
         return {"image": image, "label": int(self.labels[index])}
 

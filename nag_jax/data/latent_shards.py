@@ -29,7 +29,7 @@ from nag_jax import storage
 from nag_jax.config import from_section
 from nag_jax.data.sources import DataConfig
 from nag_jax.denoiser import LatentSpace
-from nag_jax.errors import UserError
+from nag_jax.errors import UserError, first_line
 
 RECORD_FORMAT = 1
 ENCODING_FILE, DATASET_FILE = "encoding.json", "dataset.json"
@@ -358,7 +358,7 @@ def check_content(folder: epath.Path, encoding: Encoding, shard: int) -> None:
         reader.close()
         fault = "" if manifest and digest.hexdigest() == manifest.sha256 else "its content hash is another"
     except Exception as error:  # array_record raises RuntimeError, ValueError and others
-        fault = (str(error).splitlines() or [type(error).__name__])[0]
+        fault = first_line(error)
     if fault:
         raise UserError(
             f"{path} was altered or damaged ({fault}). Delete {encoding.manifest_name(shard)} beside it and run "

@@ -16,7 +16,7 @@ from nag_jax.data import latent_shards
 from nag_jax.data.latent_shards import Encoding
 from nag_jax.data.sources import DataConfig, open_source
 from nag_jax.denoiser import LatentSpace
-from nag_jax.errors import UserError
+from nag_jax.errors import UserError, first_line
 from nag_jax.models.vae import sample_latent
 
 
@@ -69,7 +69,7 @@ class LatentSource:
         try:
             moments, label = latent_shards.parse_record(self.records[index], layout, index)
         except Exception as error:  # array_record raises RuntimeError, ValueError and others
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"record {index} in {self.files[index // self.records_per_file]} cannot be used ({reason}). "
                 "Run --mode=encode again; it checks every shard."

@@ -19,7 +19,7 @@ from etils import epath
 from nag_jax.data.builders import OWN_NAMES
 from nag_jax.data.catalogue import DEFAULT_DATA_DIR, data_folder, find_builder
 from nag_jax.data.fine_tuning_sets import FINE_TUNING_SETS
-from nag_jax.errors import NagJaxError, UserError
+from nag_jax.errors import NagJaxError, UserError, first_line
 
 
 def prepare(name: str, folder: epath.PathLike, manual_dir: epath.PathLike | None = None) -> dict[str, int]:
@@ -63,25 +63,21 @@ def prepare(name: str, folder: epath.PathLike, manual_dir: epath.PathLike | None
         )
     except ImportError as error:
         raise UserError(
-            f"preparing {name!r} needs a package that is not installed ({_first_line(error)}): "
+            f"preparing {name!r} needs a package that is not installed ({first_line(error)}): "
             'pip install "nag_jax[prepare]"'
         ) from error
     except (tfds.download.DownloadError, tfds.download.download_manager.NonMatchingChecksumError) as error:
         # TFDS looks into the manual folder before it downloads.
         raise NagJaxError(
-            f"a download of data set {name!r} failed: {_first_line(error)} Run the same command again; a file that you "
+            f"a download of data set {name!r} failed: {first_line(error)} Run the same command again; a file that you "
             f"got elsewhere is taken, if it is the same, under its own name in {manual} (--manual_dir)."
         ) from error
     except OSError as error:
         if not builder.data_path.exists():  # else another process was faster
             raise NagJaxError(
-                f"data set {name!r} could not be prepared in {folder}: {_first_line(error)}. Run the command again."
+                f"data set {name!r} could not be prepared in {folder}: {first_line(error)}. Run the command again."
             ) from error
     return _counts(builder)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _counts(builder: Any) -> dict[str, int]:

@@ -19,7 +19,7 @@ from nag_jax.data import images
 from nag_jax.data.catalogue import data_folder, find_builder, split_names
 from nag_jax.data.image_folder import open_folder
 from nag_jax.data.prepare import prepare
-from nag_jax.errors import UserError
+from nag_jax.errors import UserError, first_line
 
 # Data sets whose files are no larger than this keep their decoded images in memory after the first reading.
 KEEP_DECODED_BYTES = 32 * 2**20
@@ -123,7 +123,7 @@ class Source:
         except UserError:  # an image folder names the file
             raise
         except Exception as error:  # array_record, protobuf and Pillow each raise their own
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"record {index} of data set {self.name!r}, split {self.split!r}, cannot be read ({reason}). "
                 "Its files seem damaged: delete the data set's folder and prepare it again."

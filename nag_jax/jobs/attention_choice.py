@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from nag_jax.errors import first_line
 from nag_jax.hosts import from_first
 from nag_jax.jobs.experiment import Experiment
 from nag_jax.loading import ModelDescription
@@ -112,7 +113,7 @@ def measure(
             try:
                 seconds[name] = _seconds(jax.jit(_one_layer(name, with_gradient)), arrays)
             except (RuntimeError, ValueError) as error:  # JAX, XLA and cuDNN each refuse in their own way
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
                 print(f"Attention {name!r} does not run here ({reason}).", file=sys.stderr, flush=True)
     return seconds
 

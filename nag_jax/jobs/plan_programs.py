@@ -121,7 +121,21 @@ def parameter_bytes(description: ModelDescription, mesh: Any) -> int:
 
 
 def compile_training(config: Config, description: ModelDescription, topology: Topology) -> Program:
-    """Compiles the training step, or so many as `parallel.steps_per_dispatch` runs at once.
+    """Compiles what `lower_training` makes; raises UserError as it does."""
+    steps = config.parallel.steps_per_dispatch
+    images = steps * config.batch_size
+    return _compile(
+        lower_training(config, description, topology),
+        topology,
+        images * flops.dit_training(description.model, description.sample_shape),
+        images=images,
+        runs=steps,
+        writes=steps,
+    )
+
+
+def lower_training(config: Config, description: ModelDescription, topology: Topology) -> jax.stages.Lowered:
+    """The training step, or so many as `parallel.steps_per_dispatch` runs at once, to be compiled for a topology.
 
     Raises:
         UserError: the mesh or the batch does not fit the devices' number, or the network cannot be made.
@@ -135,16 +149,7 @@ def compile_training(config: Config, description: ModelDescription, topology: To
     if steps > 1:
         function, batches = several_steps(function), (batches,) * steps
     step = jit_train_step(function, mesh, param_shardings(mesh, state), batch_sharding(mesh))
-    lowered = step.lower(state, batches, _abstract_key())  # type: ignore[attr-defined]
-    images = steps * config.batch_size
-    return _compile(
-        lowered,
-        topology,
-        images * flops.dit_training(description.model, description.sample_shape),
-        images=images,
-        runs=steps,
-        writes=steps,
-    )
+    return step.lower(state, batches, _abstract_key())  # type: ignore[attr-defined]
 
 
 def training_batch(config: Config, description: ModelDescription) -> dict[str, jax.ShapeDtypeStruct]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from nag_jax.errors import UserError
+from nag_jax.errors import UserError, first_line
 
 GIB = 2**30
 LOCAL = "local"
@@ -168,7 +168,7 @@ def _tpu_devices(generation: str, shape: str) -> tuple[Any, ...]:
             platform="tpu", topology_name=f"{generation}:{shape}", **options
         )
     except Exception as error:  # The class depends on the version of JAX; the reason is in the text.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "INVALID_ARGUMENT" in reason:
             shapes = ", ".join(FLAT.values() if generation in ("v5e", "v6e") else CUBIC.values())
             raise UserError(

